@@ -1,0 +1,1 @@
+"""Find lottery tickets and make them fast."""
