@@ -20,5 +20,7 @@ def extension():
         RuntimeError: it is not there; the message says why and how to build it.
     """
     if _C is None:
-        raise RuntimeError(f"sparselottery._C could not be loaded ({WHY_NOT}); build it with `pip install .` and a C++17 compiler")
+        raise RuntimeError(
+            f"sparselottery._C could not be loaded ({WHY_NOT}); build it with `pip install .` and a C++17 compiler"
+        )
     return _C

@@ -1,8 +1,8 @@
 """Plain-torch versions of every op: slow, obvious, and what each backend is tested against.
 
-A mask is int32 words `[rows, ceil(columns / 32)]`. A tensor of two or more dimensions has one row per index of its first
-dimension and the rest flattened into columns; a tensor of fewer dimensions is a single row. Bit i of word w keeps column
-32 w + i, and the bits past the last column are zero.
+A mask is int32 words `[rows, ceil(columns / 32)]`. A tensor of two or more dimensions has one row per index of its
+first dimension and the rest flattened into columns; a tensor of fewer dimensions is a single row. Bit i of word w keeps
+column 32 w + i, and the bits past the last column are zero.
 """
 
 import math
@@ -68,15 +68,19 @@ def bitmask_apply_(tensor: Tensor, words: Tensor) -> Tensor:
 # ---- global_topk ----
 
 
-def global_topk(scores: list[Tensor], keep: int, eligible: list[Tensor] | None = None, signed: bool = False) -> tuple[list[Tensor], float]:
+def global_topk(
+    scores: list[Tensor], keep: int, eligible: list[Tensor] | None = None, signed: bool = False
+) -> tuple[list[Tensor], float]:
     """Masks (bool) of exactly `keep` survivors over all tensors: the largest |score| (signed: the largest score).
 
-    Ties go to the lowest flat index in list order. `eligible`: bool tensors; the others never survive. Returns the masks and
-    the key of the smallest survivor (+inf when none survives).
+    Ties go to the lowest flat index in list order. `eligible`: bool tensors; the others never survive. Returns the
+    masks and the key of the smallest survivor (+inf when none survives).
     """
     keys = [(s.detach().double() if signed else s.detach().double().abs()).flatten() + 0.0 for s in scores]
     flat = torch.cat(keys) if keys else torch.empty(0, dtype=torch.float64)
-    allowed = torch.cat([e.flatten() for e in eligible]) if eligible is not None else torch.ones_like(flat, dtype=torch.bool)
+    allowed = (
+        torch.cat([e.flatten() for e in eligible]) if eligible is not None else torch.ones_like(flat, dtype=torch.bool)
+    )
     candidates = allowed.nonzero().flatten()
     order = torch.sort(flat[candidates], descending=True, stable=True).indices[:keep]
     mask = torch.zeros_like(flat, dtype=torch.bool)
@@ -101,12 +105,18 @@ def masked_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, words: Tenso
     return grad @ (weight * keep), (rows.T @ inputs) * keep, rows.sum(0)
 
 
-def masked_conv2d(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int) -> Tensor:
-    """x `[N, C, H, W]`, weight `[out, C / groups, kH, kW]` -> `[N, out, H', W']`; stride, padding, dilation are pairs."""
-    return torch.nn.functional.conv2d(x, weight * bitmask_unpack(words, weight.shape), bias, stride, padding, dilation, groups)
+def masked_conv2d(
+    x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int
+) -> Tensor:
+    """x `[N, C, H, W]`, weight `[out, C / groups, kH, kW]` -> `[N, out, H', W']`; stride, padding, dilation: pairs."""
+    return torch.nn.functional.conv2d(
+        x, weight * bitmask_unpack(words, weight.shape), bias, stride, padding, dilation, groups
+    )
 
 
-def masked_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, words: Tensor, stride, padding, dilation, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def masked_conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, words: Tensor, stride, padding, dilation, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """grad `[N, out, H', W']` -> (dX, dW∘M, db)."""
     keep = bitmask_unpack(words, weight.shape)
     dx = torch.nn.grad.conv2d_input(x.shape, weight * keep, grad, stride, padding, dilation, groups)
@@ -117,8 +127,10 @@ def masked_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, words: Tenso
 # ---- masked_optim: one step for survivors only; dead weights and their state become (and stay) 0 ----
 
 
-def masked_sgd_(param, grad, momentum_buffer, words, *, lr, momentum, dampening, weight_decay, nesterov, maximize, first) -> None:
-    """torch.optim.SGD's step (Sutskever form) at the survivors; `momentum_buffer` None where momentum is 0, `first`: its first use."""
+def masked_sgd_(
+    param, grad, momentum_buffer, words, *, lr, momentum, dampening, weight_decay, nesterov, maximize, first
+) -> None:
+    """torch.optim.SGD's step at the survivors; `momentum_buffer`: None where momentum is 0, `first`: its first use."""
     keep = bitmask_unpack(words, param.shape)
     g = (-grad if maximize else grad) * keep
     g = torch.where(keep, g + weight_decay * param, 0)
@@ -128,8 +140,24 @@ def masked_sgd_(param, grad, momentum_buffer, words, *, lr, momentum, dampening,
     param.copy_(torch.where(keep, param - lr * g, 0))
 
 
-def masked_adam_(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, words, *, step, lr, beta1, beta2, eps, weight_decay, decoupled, maximize) -> None:
-    """torch.optim.Adam's (decoupled: AdamW's) step number `step` (from 1) at the survivors; `max_exp_avg_sq` is None without AMSGrad."""
+def masked_adam_(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq,
+    words,
+    *,
+    step,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    decoupled,
+    maximize,
+) -> None:
+    """torch.optim.Adam's (decoupled: AdamW's) step `step` (from 1) at the survivors; `max_exp_avg_sq`: AMSGrad's."""
     keep = bitmask_unpack(words, param.shape)
     g = torch.where(keep, -grad if maximize else grad, 0)
     p = torch.where(keep, param, 0)
