@@ -1,4 +1,4 @@
-"""Builds sparselottery._C without torch headers, with ninja: g++ for csrc/**/*.cpp, nvcc for csrc/**/*.cu if it is there.
+"""Builds sparselottery._C without torch headers, with ninja: g++ for csrc/**/*.cpp, nvcc (where found) for csrc/**/*.cu.
 
 Environment:
     SPARSELOTTERY_CUDA        auto (default): use nvcc if there is one; 0: never; 1: fail without it
@@ -134,7 +134,7 @@ class BuildPy(build_py):
 
 
 class NinjaBuild(build_ext):
-    """One build.ninja for the whole extension: incremental, parallel, the same for normal, isolated, editable builds."""
+    """One build.ninja for the whole extension: incremental, parallel, the same for normal, isolated and editable."""
 
     def build_extension(self, ext):
         jobs = os.environ.get("MAX_JOBS", "").strip()
@@ -161,8 +161,8 @@ class NinjaBuild(build_ext):
         defines = "-DSPARSELOTTERY_CUDA " + quote(f'-DSPARSELOTTERY_CUDA_ARCHS="{";".join(archs)}"') if nvcc else ""
         optimize = "-O0 -g" if self.debug else "-O3 -DNDEBUG"
         # -fopenmp when compiling but not when linking: the GOMP symbols stay open and bind to the pool torch has
-        # loaded; a second libgomp would spin against it (0.2 ms became 9.2 ms). clang's OpenMP is another library, which
-        # torch's Linux wheels do not carry: with clang the kernels are built for one thread.
+        # loaded; a second libgomp would spin against it (0.2 ms became 9.2 ms). clang's OpenMP is another library,
+        # which torch's Linux wheels do not carry: with clang the kernels are built for one thread.
         if clang:
             self.warn("clang: building without OpenMP, kernels will use one thread (g++ builds them for many)")
         openmp = "" if clang else "-fopenmp"
@@ -227,7 +227,7 @@ class NinjaBuild(build_ext):
 
 
 def mapped_packages():
-    """kernels/ and bench/ lie at the top of the tree and are installed as sparselottery.kernels, sparselottery.bench."""
+    """kernels/ and bench/ lie at the top of the tree and are installed as packages of sparselottery."""
     return {f"sparselottery.{name}": name for name in ("kernels", "bench") if (ROOT / name / "__init__.py").is_file()}
 
 
