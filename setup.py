@@ -1,4 +1,4 @@
-"""Builds sparselottery._C without torch headers, with ninja: g++ for csrc/**/*.cpp, nvcc (where found) for csrc/**/*.cu.
+"""Builds sparselottery._C without torch headers: ninja runs g++ on csrc/**/*.cpp and, if found, nvcc on csrc/**/*.cu.
 
 Environment:
     SPARSELOTTERY_CUDA        auto (default): use nvcc if there is one; 0: never; 1: fail without it
