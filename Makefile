@@ -19,7 +19,7 @@ help:
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $(VENV)/.installed $(VENV)/.built
+	touch $(VENV)/.installed
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
 	$(BIN)/python setup.py -q build_ext --inplace
