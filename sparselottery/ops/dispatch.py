@@ -1,0 +1,286 @@
+"""Which backend runs a call: measured once per (op, key), cached, and dense is always a candidate.
+
+A key is a tuple `(direction, shape, dtype, density bucket, batch bucket, threads, device, *extra)`: whatever changes which
+backend is fastest, rounded so that near calls share one measurement. The decision, in this order:
+
+1. `SPARSELOTTERY_BACKEND` (dense, cpu, triton, cuda, reference) forces one; an error where the call cannot run it.
+2. Inside `with reproducible():` the op's own fixed rule decides. No stopwatch, so a rerun takes the same path bit for bit.
+3. A measurement already in memory, or in the JSON file of this machine under `SPARSELOTTERY_CACHE` (default
+   `~/.cache/sparselottery`).
+4. A measurement now: every candidate, interleaved, medians. A sparse backend must beat dense by `MARGIN`.
+"""
+
+import ast
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .. import _ext
+
+MARGIN = 0.03  # how much faster than dense a sparse backend must be to be chosen, as a fraction of dense's time
+BACKENDS = ("dense", "cpu", "triton", "cuda", "reference")
+KEY_FIELDS = ("direction", "shape", "dtype", "density_bucket", "batch", "threads", "device")
+
+_ROUNDS = 5  # timed runs per candidate, after one that warms up
+_BUDGET = 0.3  # seconds that one measurement may take; a candidate's first run always ends
+_LOG = logging.getLogger(__name__)
+
+_decisions: dict[str, dict[Hashable, str]] = {}  # op -> key -> backend: all that the hot path reads
+_records: dict[tuple[str, str], dict] = {}  # (op, repr(key)) -> a row of table()
+_lock = threading.RLock()
+_loaded = False
+_reproducible = 0
+
+
+def density_bucket(density: float) -> int:
+    """Four buckets per halving of the density: 0 is dense, 4 is 0.5, 13 is 0.1, 23 is 0.02; 99 stands for an empty mask."""
+    return round(-4 * math.log2(density)) if density > 0 else 99
+
+
+def bucket_density(bucket: int) -> float:
+    """The density in the middle of a bucket."""
+    return 0.0 if bucket == 99 else 2.0 ** (-bucket / 4)
+
+
+def batch_bucket(batch: int) -> int:
+    """`batch` rounded up to one of four steps per doubling (1..8 exactly, then 10, 12, 14, 16, 20, ...)."""
+    if batch <= 8:
+        return batch
+    shift = (batch - 1).bit_length() - 3
+    return (((batch - 1) >> shift) + 1) << shift
+
+
+@contextlib.contextmanager
+def reproducible() -> Iterator[None]:
+    """Within it no call is decided by a stopwatch, but by its op's fixed rule.
+
+    It holds for the whole process, because a backward pass on a GPU runs in autograd's own threads.
+    """
+    global _reproducible
+    with _lock:
+        _reproducible += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _reproducible -= 1
+
+
+def is_reproducible() -> bool:
+    """Whether a `reproducible()` block is active."""
+    return _reproducible > 0
+
+
+def lookup(op: str, key: Hashable) -> str | None:
+    """The cached decision; None when there is none, or when the environment or `reproducible()` has a say (then `choose`)."""
+    if _reproducible or os.environ.get("SPARSELOTTERY_BACKEND"):
+        return None
+    known = _decisions.get(op)
+    return known.get(key) if known is not None else None
+
+
+def choose(op: str, key: tuple, candidates: dict[str, Callable[[], object]], *, rule: Callable[[], str]) -> str:
+    """Name the candidate to run.
+
+    Args:
+        op: the op's name.
+        key: see the module's docstring; its entries are strings, numbers, booleans or tuples of them.
+        candidates: name -> a call without arguments that runs it and changes nothing; "dense" must be there. "reference" is
+            never measured: it runs only by the environment's wish.
+        rule: the fixed choice for `reproducible()`: a function of the key and the machine's instruction set only.
+
+    Raises:
+        ValueError: `SPARSELOTTERY_BACKEND` names something this call cannot run.
+    """
+    forced = os.environ.get("SPARSELOTTERY_BACKEND")
+    if forced:
+        if forced not in candidates:
+            possible = ", ".join(name for name in BACKENDS if name in candidates)
+            raise ValueError(f"SPARSELOTTERY_BACKEND={forced}: {op} for {_words(key)} can run on: {possible}")
+        return forced
+    if _reproducible:
+        name = rule()
+        return name if name in candidates else "dense"
+    measured = {name: run for name, run in candidates.items() if name != "reference"}
+    if len(measured) == 1:
+        return "dense"
+    with _lock:
+        _load()
+        name = _decisions.setdefault(op, {}).get(key)
+        if name is None:
+            name = _recall(op, key, measured)
+        if name is None:
+            seconds = measure(measured)
+            name = fastest(seconds)
+            record = {"op": op, "key": repr(key), "backend": name, "source": "measured"}
+            record["us"] = {candidate: round(s * 1e6, 3) for candidate, s in seconds.items()}
+            _records[op, repr(key)] = record
+            _decisions[op][key] = name
+            _save()
+    return name
+
+
+def fastest(seconds: dict[str, float]) -> str:
+    """Dense, unless the fastest of the others beats it by MARGIN."""
+    best = min(seconds, key=seconds.get)
+    return best if seconds[best] < seconds["dense"] * (1 - MARGIN) else "dense"
+
+
+def measure(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each candidate: one run each to warm up, then up to five rounds of one run each, in turn."""
+    start = time.perf_counter()
+    times = {name: [] for name in candidates}
+    for name, run in candidates.items():
+        times[name].append(_seconds(run))
+        if times[name][0] > _BUDGET / 10:  # long runs vary little and need no warming up: the second one would only cost
+            times[name].append(times[name][0])
+    for _ in range(_ROUNDS):
+        if time.perf_counter() - start > _BUDGET:
+            break
+        for name, run in candidates.items():
+            times[name].append(_seconds(run))
+    return {name: statistics.median(runs[1:] or runs) for name, runs in times.items()}
+
+
+def table() -> list[dict]:
+    """What was decided so far on this machine, one row per (op, key), measured now or read from the cache.
+
+    A row has `op`, the fields of the key (`direction`, `shape`, `dtype`, `density` (the bucket's middle), `batch`, `threads`,
+    `device`, `extra`), `backend`, `us` (backend -> median microseconds) and `source` ("measured" or "cached").
+    """
+    with _lock:
+        _load()
+        return [_row(record) for record in _records.values()]
+
+
+def clear() -> None:
+    """Forget what is in memory (the file stays): the next call reads the file again."""
+    global _loaded
+    with _lock:
+        _decisions.clear()
+        _records.clear()
+        _loaded = False
+
+
+def _seconds(run):
+    device = torch.cuda.synchronize if torch.cuda.is_initialized() else None
+    if device:
+        device()
+    start = time.perf_counter()
+    run()
+    if device:
+        device()
+    return time.perf_counter() - start
+
+
+def _words(key):
+    return ", ".join(f"{name} {value}" for name, value in zip(KEY_FIELDS, key, strict=False))
+
+
+def _row(record):
+    key = ast.literal_eval(record["key"])
+    fields = dict(zip(KEY_FIELDS, key, strict=False))
+    row = {"op": record["op"], **fields, "extra": key[len(KEY_FIELDS) :]}
+    if "density_bucket" in row:
+        row["density"] = bucket_density(row.pop("density_bucket"))
+    return row | {name: record[name] for name in ("backend", "us", "source")}
+
+
+# ---- the file ----
+
+
+def fingerprint() -> dict[str, str]:
+    """What a measurement depends on besides its key."""
+    isa = _ext.extension().cpu_isa() if _ext.WHY_NOT is None else "none"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    try:
+        version = metadata.version("sparselottery")
+    except metadata.PackageNotFoundError:  # imported from a source tree that was never installed
+        version = "unknown"
+    return {"cpu": _cpu_model(), "isa": isa, "gpu": gpu, "torch": torch.__version__, "sparselottery": version}
+
+
+def _cpu_model():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cache_file() -> Path:
+    """The JSON file of this machine's measurements."""
+    folder = os.environ.get("SPARSELOTTERY_CACHE") or "~/.cache/sparselottery"
+    digest = hashlib.sha256(json.dumps(fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
+    return Path(folder).expanduser() / f"dispatch-{digest}.json"
+
+
+def _load():
+    global _loaded
+    if not _loaded:
+        for record in _read(cache_file()):
+            _records.setdefault((record["op"], record["key"]), record | {"source": "cached"})
+        _loaded = True
+
+
+def _recall(op, key, candidates):
+    """The backend of a cached record, if it measured just these candidates."""
+    record = _records.get((op, repr(key)))
+    if record is None or set(record["us"]) != set(candidates):
+        return None
+    _decisions[op][key] = record["backend"]
+    return record["backend"]
+
+
+def _read(path):
+    """The records in a file; none where there is no file or it is not what `_save` writes (then all is measured again)."""
+    try:
+        records = json.loads(path.read_text())["decisions"]
+        return [r for r in records if _is_record(r)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _is_record(record):
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("op"), str)
+        and isinstance(record.get("key"), str)
+        and isinstance(record.get("us"), dict)
+        and all(isinstance(us, (int, float)) for us in record["us"].values())
+        and "dense" in record["us"]
+        and record.get("backend") in record["us"]
+    )
+
+
+def _save():
+    """Merge into the file under a lock; a reader sees the old file or the new one, never half of one."""
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            records = {(r["op"], r["key"]): r for r in _read(path)}
+            for name, record in _records.items():
+                if record["source"] == "measured":
+                    records[name] = {field: record[field] for field in ("op", "key", "backend", "us")}
+            text = json.dumps({"machine": fingerprint(), "decisions": list(records.values())}, indent=1)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.stem, delete=False) as new:
+                new.write(text)
+            os.replace(new.name, path)
+    except OSError as error:  # a read-only home must not stop a training run: the decision stays in memory
+        _LOG.info("cannot keep measurements in %s: %s", path, error)
