@@ -1,5 +1,5 @@
-// The only file that knows pybind11. Pointers arrive as integers: sparselottery/ops checks device, dtype, shape, strides and
-// alignment before an address leaves Python. One section per op, in alphabetical order.
+// The only file that knows pybind11. Pointers arrive as integers: sparselottery/ops checks device, dtype, shape,
+// strides and alignment before an address leaves Python. One section per op, in alphabetical order.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

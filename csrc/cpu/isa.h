@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels use. Files *_simd.cpp are compiled once per instruction set; the plain <op>.cpp asks
-// isa() and calls the namespace that fits.
+// Which instruction set the CPU kernels use. Files *_simd.cpp are compiled once per instruction set; the plain <op>.cpp
+// asks isa() and calls the namespace that fits.
 #pragma once
 #include <string>
 

@@ -146,7 +146,9 @@ def measure(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
     times = {name: [] for name in candidates}
     for name, run in candidates.items():
         times[name].append(_seconds(run))
-        if times[name][0] > _BUDGET / 10:  # long runs vary little and need no warming up: the second one would only cost
+        if (
+            times[name][0] > _BUDGET / 10
+        ):  # long runs vary little and need no warming up: the second one would only cost
             times[name].append(times[name][0])
     for _ in range(_ROUNDS):
         if time.perf_counter() - start > _BUDGET:

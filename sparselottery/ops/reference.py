@@ -94,15 +94,16 @@ def global_topk(
 
 
 def masked_linear(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
-    """x `[*, in]`, weight `[out, in]` -> `[*, out]`."""
-    return torch.nn.functional.linear(x, weight * bitmask_unpack(words, weight.shape), bias)
+    """x `[*, in]`, weight `[out, in]` -> `[*, out]`; a weight off the mask is +0 whatever it holds (NaN too)."""
+    return torch.nn.functional.linear(x, torch.where(bitmask_unpack(words, weight.shape), weight, 0), bias)
 
 
 def masked_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad `[*, out]` -> (dX `[*, in]`, dW∘M `[out, in]`, db `[out]`)."""
     keep = bitmask_unpack(words, weight.shape)
-    rows, inputs = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
-    return grad @ (weight * keep), (rows.T @ inputs) * keep, rows.sum(0)
+    batch = grad.shape[:-1].numel()
+    rows, inputs = grad.reshape(batch, weight.shape[0]), x.reshape(batch, weight.shape[1])
+    return grad @ torch.where(keep, weight, 0), torch.where(keep, rows.T @ inputs, 0), rows.sum(0)
 
 
 def masked_conv2d(
