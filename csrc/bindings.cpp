@@ -8,6 +8,7 @@
 
 #include "common.h"
 #include "cpu/isa.h"
+#include "masked_optim.h"
 
 namespace py = pybind11;
 
@@ -16,6 +17,21 @@ namespace {
 template <class T>
 T* as(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// masked_optim: ten integers a tensor (ops/masked_optim.py, _Table) and two numbers.
+std::vector<sl::OptimTensor> optim_tensors(const std::vector<int64_t>& table, const std::vector<double>& numbers) {
+  constexpr size_t kFields = 10;
+  const size_t count = table.size() / kFields;
+  if (table.size() % kFields || numbers.size() != 2 * count)
+    throw std::invalid_argument("masked_optim: expected 10 integers and 2 numbers a tensor");
+  std::vector<sl::OptimTensor> tensors(count);
+  for (size_t i = 0; i < count; i++) {
+    const int64_t* f = table.data() + i * kFields;
+    tensors[i] = {as<void>(f[0]), as<void>(f[1]), as<void>(f[2]), as<void>(f[3]), as<void>(f[4]), as<int32_t>(f[5]),
+                  f[6],           f[7],           f[8] != 0,      f[9] != 0,      numbers[2 * i], numbers[2 * i + 1]};
+  }
+  return tensors;
 }
 
 }  // namespace
@@ -37,5 +53,21 @@ PYBIND11_MODULE(_C, m) {
       if (sl::cpu::has_isa(isa)) names.push_back(sl::cpu::isa_name(isa));
     }
     return names;
+  });
+
+  // masked_optim
+  m.def("cpu_masked_optim_sgd", [](const std::vector<int64_t>& table, const std::vector<double>& numbers, int dtype,
+                                   double momentum, double dampening, double weight_decay, bool nesterov,
+                                   bool maximize) {
+    const auto tensors = optim_tensors(table, numbers);
+    py::gil_scoped_release release;
+    sl::cpu::masked_sgd(tensors.data(), tensors.size(), {momentum, dampening, weight_decay, nesterov, maximize}, dtype);
+  });
+  m.def("cpu_masked_optim_adam", [](const std::vector<int64_t>& table, const std::vector<double>& numbers, int dtype,
+                                    double beta1, double beta2, double eps, double weight_decay, double shrink,
+                                    bool maximize) {
+    const auto tensors = optim_tensors(table, numbers);
+    py::gil_scoped_release release;
+    sl::cpu::masked_adam(tensors.data(), tensors.size(), {beta1, beta2, eps, weight_decay, shrink, maximize}, dtype);
   });
 }

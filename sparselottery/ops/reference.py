@@ -128,13 +128,19 @@ def masked_conv2d_backward(
 # ---- masked_optim: one step for survivors only; dead weights and their state become (and stay) 0 ----
 
 
+def _survivors(words, param) -> Tensor:
+    """bool of the parameter's shape; all True where there is no mask."""
+    return torch.ones_like(param, dtype=torch.bool) if words is None else bitmask_unpack(words, param.shape)
+
+
 def masked_sgd_(
     param, grad, momentum_buffer, words, *, lr, momentum, dampening, weight_decay, nesterov, maximize, first
 ) -> None:
     """torch.optim.SGD's step at the survivors; `momentum_buffer`: None where momentum is 0, `first`: its first use."""
-    keep = bitmask_unpack(words, param.shape)
-    g = (-grad if maximize else grad) * keep
-    g = torch.where(keep, g + weight_decay * param, 0)
+    keep = _survivors(words, param)
+    g = torch.where(keep, -grad if maximize else grad, 0)
+    if weight_decay:  # not always: 0 * inf would be NaN
+        g = torch.where(keep, g + weight_decay * param, 0)
     if momentum:
         momentum_buffer.copy_(torch.where(keep, g if first else momentum * momentum_buffer + (1 - dampening) * g, 0))
         g = g + momentum * momentum_buffer if nesterov else momentum_buffer
@@ -159,12 +165,12 @@ def masked_adam_(
     maximize,
 ) -> None:
     """torch.optim.Adam's (decoupled: AdamW's) step `step` (from 1) at the survivors; `max_exp_avg_sq`: AMSGrad's."""
-    keep = bitmask_unpack(words, param.shape)
+    keep = _survivors(words, param)
     g = torch.where(keep, -grad if maximize else grad, 0)
     p = torch.where(keep, param, 0)
     if decoupled:
         p = p * (1 - lr * weight_decay)
-    else:
+    elif weight_decay:
         g = g + weight_decay * p
     exp_avg.copy_(torch.where(keep, exp_avg + (1 - beta1) * (g - exp_avg), 0))
     exp_avg_sq.copy_(torch.where(keep, beta2 * exp_avg_sq + (1 - beta2) * g * g, 0))
