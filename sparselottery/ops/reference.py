@@ -78,9 +78,7 @@ def global_topk(
     """
     keys = [(s.detach().double() if signed else s.detach().double().abs()).flatten() + 0.0 for s in scores]
     flat = torch.cat(keys) if keys else torch.empty(0, dtype=torch.float64)
-    allowed = (
-        torch.cat([e.flatten() for e in eligible]) if eligible is not None else torch.ones_like(flat, dtype=torch.bool)
-    )
+    allowed = torch.cat([e.flatten() for e in eligible]) if eligible else torch.ones_like(flat, dtype=torch.bool)
     candidates = allowed.nonzero().flatten()
     order = torch.sort(flat[candidates], descending=True, stable=True).indices[:keep]
     mask = torch.zeros_like(flat, dtype=torch.bool)

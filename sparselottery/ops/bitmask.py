@@ -1,0 +1,151 @@
+"""Masks as bits: pack, unpack, count, Hamming distance, apply to weights in place.
+
+Words are int32 `[rows, ceil(columns / 32)]` (see `reference`). Backends: reference, cpu (csrc/cpu/bitmask.cpp), cuda.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .library import LIBRARY
+from .reference import rows_columns, words_shape
+
+__all__ = ["apply_", "check_words", "count", "full_words", "hamming", "pack", "rows_columns", "unpack", "words_shape"]
+
+LIBRARY.define("bitmask_pack(Tensor dense) -> Tensor")
+LIBRARY.define("bitmask_unpack(Tensor words, SymInt[] shape) -> Tensor")
+LIBRARY.define("bitmask_count(Tensor words) -> Tensor")
+LIBRARY.define("bitmask_hamming(Tensor a, Tensor b) -> Tensor")
+LIBRARY.define("bitmask_apply_(Tensor(a!) tensor, Tensor words) -> ()")
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def pack(dense: Tensor) -> Tensor:
+    """bool `[*]` -> int32 words.
+
+    Raises:
+        TypeError: `dense` is not a bool tensor.
+    """
+    _check_tensor("dense", dense)
+    if dense.dtype != torch.bool:
+        raise TypeError(f"dense: expected torch.bool, got {dense.dtype}")
+    return torch.ops.sparselottery.bitmask_pack(dense)
+
+
+def unpack(words: Tensor, shape) -> Tensor:
+    """int32 words -> bool of `shape`.
+
+    Raises:
+        TypeError, ValueError: `words` are not the words of a tensor of `shape`.
+    """
+    check_words(words, shape)
+    return torch.ops.sparselottery.bitmask_unpack(words, list(shape))
+
+
+def count(words: Tensor) -> int:
+    """How many bits are set."""
+    _check_int32("words", words)
+    return int(torch.ops.sparselottery.bitmask_count(words))
+
+
+def hamming(a: Tensor, b: Tensor) -> int:
+    """In how many bits two masks of one shape differ.
+
+    Raises:
+        TypeError, ValueError: not int32, or of different shapes or devices.
+    """
+    _check_int32("a", a)
+    _check_int32("b", b)
+    if a.shape != b.shape:
+        raise ValueError(f"b: expected {list(a.shape)} like a, got {list(b.shape)}")
+    if a.device != b.device:
+        raise ValueError(f"b: expected device {a.device} like a, got {b.device}")
+    return int(torch.ops.sparselottery.bitmask_hamming(a, b))
+
+
+@torch.no_grad()
+def apply_(tensor: Tensor, words: Tensor) -> Tensor:
+    """Write +0 into `tensor` `[*]` wherever the mask is 0, in place, also over NaN and inf. Any strides. Returns `tensor`.
+
+    Raises:
+        TypeError: `tensor` is not float32, float64, float16 or bfloat16.
+        ValueError: `words` do not fit its shape or device.
+    """
+    _check_tensor("tensor", tensor)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"tensor: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
+    check_words(words, tensor.shape)
+    if words.device != tensor.device:
+        raise ValueError(f"words: expected device {tensor.device} like tensor, got {words.device}")
+    torch.ops.sparselottery.bitmask_apply_(tensor, words)
+    return tensor
+
+
+def full_words(shape, value: bool, device=None) -> Tensor:
+    """Words that keep everything (`value` True) or nothing."""
+    words = torch.full(words_shape(shape), -1 if value else 0, dtype=torch.int32, device=device)
+    tail = rows_columns(shape)[1] % 32
+    if value and tail:
+        words[:, -1] = (1 << tail) - 1
+    return words
+
+
+def check_words(words: Tensor, shape, name: str = "words") -> None:
+    """Raise unless `words` has the dtype and the shape of a mask of a tensor of `shape`."""
+    _check_int32(name, words)
+    if tuple(words.shape) != words_shape(shape):
+        raise ValueError(
+            f"{name}: expected int32 {list(words_shape(shape))} for shape {list(shape)}, got {list(words.shape)}"
+        )
+
+
+def _check_tensor(name, value):
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def _check_int32(name, words):
+    _check_tensor(name, words)
+    if words.dtype != torch.int32:
+        raise TypeError(f"{name}: expected int32 words, got {words.dtype}")
+
+
+# ---- implementations ----
+
+LIBRARY.impl("bitmask_pack", reference.bitmask_pack, "CompositeExplicitAutograd")
+LIBRARY.impl("bitmask_unpack", reference.bitmask_unpack, "CompositeExplicitAutograd")
+LIBRARY.impl("bitmask_count", reference.bitmask_count, "CompositeExplicitAutograd")
+LIBRARY.impl("bitmask_hamming", reference.bitmask_hamming, "CompositeExplicitAutograd")
+
+
+def _apply(tensor, words):
+    reference.bitmask_apply_(tensor, words)
+
+
+LIBRARY.impl("bitmask_apply_", _apply, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sparselottery::bitmask_pack")
+def _(dense):
+    return dense.new_empty(words_shape(dense.shape), dtype=torch.int32)
+
+
+@torch.library.register_fake("sparselottery::bitmask_unpack")
+def _(words, shape):
+    return words.new_empty(shape, dtype=torch.bool)
+
+
+@torch.library.register_fake("sparselottery::bitmask_count")
+def _(words):
+    return words.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("sparselottery::bitmask_hamming")
+def _(a, b):
+    return a.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("sparselottery::bitmask_apply_")
+def _(tensor, words):
+    pass

@@ -1,0 +1,119 @@
+"""Exactly `keep` survivors over a list of tensors, without concatenating them.
+
+Ties go to the lowest flat index in list order, -0 equals +0, infinities are ordered, NaN raises. Backends: reference,
+cpu (csrc/cpu/global_topk.cpp), cuda, triton.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import masks
+from . import bitmask, reference
+from .library import LIBRARY
+
+# Returns the words and, as 0-d tensors on the device of the tensors (so that nothing has to wait for it), the float64 key of
+# the smallest survivor and the int64 index of the first tensor that holds a NaN (-1: none, else the words are garbage).
+# `eligible` has one entry per tensor: its words, or None for all.
+LIBRARY.define(
+    "global_topk(Tensor[] tensors, int keep, Tensor?[] eligible, bool by_value) -> (Tensor[], Tensor, Tensor)"
+)
+
+
+def global_topk(
+    tensors, keep: int, *, eligible=None, by: str = "magnitude", names=None
+) -> "tuple[list[masks.Mask], float]":
+    """Masks of exactly `keep` survivors over all tensors together.
+
+    Args:
+        tensors: floating-point tensors of any shapes and strides, on one device; float32, float16, bfloat16 and float64
+            may be mixed and are compared exactly.
+        keep: how many survive, 0 to the number of eligible weights.
+        eligible: None, or one entry per tensor: a `Mask`, a bool tensor of its shape, or None for all. The others never
+            survive.
+        by: "magnitude" keeps the largest absolute values, "value" the largest values.
+        names: one per tensor, for error messages.
+
+    Returns:
+        The masks and the threshold: the key of the smallest survivor (+inf when `keep` is 0).
+
+    Raises:
+        TypeError: not floating-point tensors, or eligible entries of another kind.
+        ValueError: NaN in any tensor, eligible or not (the message names it); `keep` out of range; shapes or devices that
+            differ.
+    """
+    tensors = list(tensors)
+    names = [f"tensors[{i}]" for i in range(len(tensors))] if names is None else list(names)
+    if len(names) != len(tensors):
+        raise ValueError(f"names: expected {len(tensors)}, one per tensor, got {len(names)}")
+    for name, t in zip(names, tensors, strict=True):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.dtype not in bitmask.FLOATS:
+            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {t.dtype}")
+        if t.device != tensors[0].device:
+            raise ValueError(f"{name}: expected device {tensors[0].device} like the first tensor, got {t.device}")
+    words, allowed = _eligible_words(tensors, eligible)
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise TypeError(f"keep: expected an int, got {type(keep).__name__}")
+    if not 0 <= keep <= allowed:
+        raise ValueError(f"keep: expected 0 to {allowed} (the number of eligible weights), got {keep}")
+    if by not in ("magnitude", "value"):
+        raise ValueError(f"by: expected 'magnitude' or 'value', got {by!r}")
+    with torch.no_grad():
+        kept, threshold, nan_tensor = torch.ops.sparselottery.global_topk(tensors, keep, words, by == "value")
+    if int(nan_tensor) >= 0:
+        raise ValueError(f"{names[int(nan_tensor)]}: holds NaN, which has no rank")
+    return [masks.Mask._trusted(w, t.shape) for w, t in zip(kept, tensors, strict=True)], float(threshold)
+
+
+def _eligible_words(tensors, eligible) -> tuple[list, int]:
+    """(words or None per tensor, how many weights are eligible)."""
+    if eligible is None:
+        return [None] * len(tensors), sum(t.numel() for t in tensors)
+    eligible = list(eligible)
+    if len(eligible) != len(tensors):
+        raise ValueError(f"eligible: expected {len(tensors)} entries, one per tensor, got {len(eligible)}")
+    words, allowed = [], 0
+    for i, (entry, t) in enumerate(zip(eligible, tensors, strict=True)):
+        if entry is None:
+            words.append(None)
+            allowed += t.numel()
+            continue
+        if not isinstance(entry, masks.Mask) and not (isinstance(entry, Tensor) and entry.dtype == torch.bool):
+            got = entry.dtype if isinstance(entry, Tensor) else type(entry).__name__
+            raise TypeError(f"eligible[{i}]: expected a Mask, a bool tensor or None, got {got}")
+        if tuple(entry.shape) != tuple(t.shape):
+            raise ValueError(f"eligible[{i}]: expected shape {list(t.shape)} like its tensor, got {list(entry.shape)}")
+        if entry.device != t.device:
+            raise ValueError(f"eligible[{i}]: expected device {t.device} like its tensor, got {entry.device}")
+        words.append(entry.words if isinstance(entry, masks.Mask) else bitmask.pack(entry))
+        allowed += bitmask.count(words[-1])
+    return words, allowed
+
+
+# ---- implementations ----
+
+
+def _reference(tensors, keep, eligible, by_value):
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dense = [
+        torch.ones_like(t, dtype=torch.bool) if w is None else bitmask.unpack(w, t.shape)
+        for w, t in zip(eligible, tensors, strict=True)
+    ]
+    bad = [i for i, t in enumerate(tensors) if bool(t.isnan().any())]
+    kept, threshold = reference.global_topk(tensors, keep, dense, by_value)
+    scalars = (
+        torch.tensor(threshold, dtype=torch.float64, device=device),
+        torch.tensor(bad[0] if bad else -1, device=device),
+    )
+    return [bitmask.pack(m) for m in kept], *scalars
+
+
+LIBRARY.impl("global_topk", _reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sparselottery::global_topk")
+def _(tensors, keep, eligible, by_value):
+    like = tensors[0] if tensors else torch.empty(0)
+    words = [t.new_empty(bitmask.words_shape(t.shape), dtype=torch.int32) for t in tensors]
+    return words, like.new_empty((), dtype=torch.float64), like.new_empty((), dtype=torch.int64)
