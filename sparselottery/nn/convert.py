@@ -1,0 +1,242 @@
+"""From plain layers to masked ones and back, in place: a layer changes its class and keeps everything else."""
+
+import fnmatch
+import functools
+import warnings
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+
+from .. import masks
+from ..masks import Mask
+from .conv import MaskedConv2d
+from .invariant import MaskedWeight
+from .linear import MaskedConv1D, MaskedLinear, is_transposed_linear
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+Exclude = str | type | Iterable[str | type]
+
+
+def sparsify(model: nn.Module, *, exclude: Exclude = ()) -> nn.Module:
+    """Turn every `nn.Linear`, `nn.Conv2d` and transformers' `Conv1D` of a model into a masked layer, in place.
+
+    The modules stay the same objects and so do their Parameters: optimizers, hooks and references keep working, and `isinstance`
+    finds what it found. state_dict keys are unchanged plus "<name>.weight_mask". Layers that share a weight share its mask. The
+    masks keep everything until `prune` or `set_mask`.
+
+    Left dense, see `left_dense`: a layer whose weight is also held by a module that cannot be masked (GPT-2's output layer is
+    its embedding: pruning one would silently prune the other), and, with a warning, a layer with a forward of its own or
+    whose weight is computed (parametrizations, weight_norm, torch.nn.utils.prune).
+
+    Args:
+        model: any module; a single layer too.
+        exclude: what stays as it is: names as in `named_modules()`, patterns (`"layers.*.out"`) or classes; all below them too.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is not a module, or `exclude` holds something else.
+        ValueError: a name in `exclude` fits no module.
+    """
+    unexpected = []
+    for name, module, reason in _candidates(model, exclude):
+        if reason is None:
+            _to_masked(module)
+        elif reason.startswith("!"):
+            unexpected.append(f"{name or '(the model itself)'}: {reason[1:]}")
+    if unexpected:
+        warnings.warn("sparsify left dense: " + "; ".join(unexpected), stacklevel=2)
+    return model
+
+
+def left_dense(model: nn.Module, *, exclude: Exclude = ()) -> dict[str, str]:
+    """The linear and convolutional layers that `sparsify` leaves dense: {name: reason}."""
+    return {name: reason.removeprefix("!") for name, _, reason in _candidates(model, exclude) if reason is not None}
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Turn the masked layers of a model back into the plain layers they were, in place, with zeros where they were.
+
+    Parameters stay the same objects; the buffers "<name>.weight_mask" go. Nothing keeps the zeros from here on. Returns `model`.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    _check_module(model)
+    for module in model.modules():
+        if isinstance(module, MaskedWeight):
+            module._restore()
+            masks.detach(module.weight, module)
+            module._forget()
+            del module._buffers["weight_mask"]
+            module.__class__ = _plain_class(type(module))
+    return model
+
+
+def from_torch_prune(model: nn.Module) -> nn.Module:
+    """Turn layers pruned by `torch.nn.utils.prune` (`weight_orig`, `weight_mask` and a hook) into masked layers, in place.
+
+    `weight` is the Parameter that was `weight_orig`, times the mask, so that an optimizer that holds it goes on. A pruned bias
+    keeps its zeros for now but loses its mask, with a warning. Layers that were not pruned stay as they are. Returns `model`.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: no layer was pruned by torch.nn.utils.prune, or one that was cannot be a masked layer.
+    """
+    _check_module(model)
+    found = [(name, module) for name, module in model.named_modules() if "weight_orig" in module._parameters]
+    if not found:
+        raise ValueError("model: expected layers pruned by torch.nn.utils.prune, found none")
+    for name, module in found:
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) and not is_transposed_linear(module):
+            kinds = "nn.Linear, nn.Conv2d and transformers' Conv1D"
+            raise ValueError(f"{name}: {type(module).__name__} cannot be a masked layer ({kinds} can)")
+    for name, module in found:
+        if "bias_orig" in module._parameters:
+            torch_prune.remove(module, "bias")
+            warnings.warn(f"{name}: the bias was pruned too; its zeros stay, its mask goes", stacklevel=2)
+        keep = module._buffers.pop("weight_mask") != 0
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == "weight":
+                del module._forward_pre_hooks[key]
+        weight = module._parameters.pop("weight_orig")
+        module.__dict__.pop("weight", None)  # the product that the hook left there
+        with torch.no_grad():
+            weight.masked_fill_(~keep, 0)
+        module._parameters = {"weight": weight, **module._parameters}  # first again, as in a fresh layer
+        _to_masked(module)
+        module.set_mask(Mask.from_dense(keep))
+    return model
+
+
+def masked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every masked layer, in the order of `named_modules()`, once per distinct weight."""
+    _check_module(model)
+    seen = set()
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedWeight) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            yield name, module
+
+
+def excluded_names(model: nn.Module, exclude: Exclude) -> set[str]:
+    """The names of the modules that `exclude` means, with everything below them.
+
+    Raises:
+        TypeError: an entry is neither a name nor a class.
+        ValueError: a name or pattern fits no module of the model.
+    """
+    exclude = (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude)
+    names = set()
+    for item in exclude:
+        if not isinstance(item, (str, type)):
+            raise TypeError(f"exclude: expected names or classes, got {type(item).__name__}")
+        hits = [
+            name
+            for name, module in model.named_modules(remove_duplicate=False)
+            if (isinstance(module, item) if isinstance(item, type) else fnmatch.fnmatchcase(name, item))
+        ]
+        if not hits and isinstance(item, str):
+            raise ValueError(f"exclude: no module is called {item!r}")
+        names.update(hits)
+    below = {name for name, _ in model.named_modules(remove_duplicate=False) for hit in names if _is_below(name, hit)}
+    return names | below
+
+
+def _is_below(name, ancestor):
+    return not ancestor or name.startswith(ancestor + ".")
+
+
+# ---- which layers, and how ----
+
+
+def _check_module(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def _candidates(model, exclude):
+    """(name, module, reason) of each plain layer that could be masked; reason None: it can. A "!" marks a surprising one."""
+    _check_module(model)
+    excluded = excluded_names(model, exclude)
+    layers, holders = [], {}
+    for name, module in model.named_modules():
+        linear = isinstance(module, (nn.Linear, nn.Conv2d)) or is_transposed_linear(module)
+        if linear:
+            layers.append((name, module))
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not (linear and key == "weight"):
+                holders.setdefault(id(parameter), f"{name or 'the model'} ({type(module).__name__})")
+    for name, module in layers:
+        if isinstance(module, MaskedWeight):
+            continue
+        if name in excluded:
+            yield name, module, "excluded"
+        else:
+            yield name, module, _why_not(module, holders)
+
+
+def _why_not(module, holders):
+    weight = module._parameters.get("weight")
+    if weight is None:
+        if "weight_orig" in module._parameters and "weight_mask" in module._buffers:
+            return "!pruned by torch.nn.utils.prune (from_torch_prune converts it)"
+        return "!its weight is computed by a parametrization or a hook; remove that first"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "!its shape is not known yet: run a batch through the model first"
+    if weight.dtype not in FLOATS:
+        return f"!its weight is {weight.dtype}"
+    if id(weight) in holders:
+        return f"shares its weight with {holders[id(weight)]}"
+    if type(module).forward is not _plain_forward(module):
+        return f"!{type(module).__name__} has a forward of its own"
+    return None
+
+
+def _plain_forward(module):
+    if isinstance(module, nn.Linear):
+        return nn.Linear.forward
+    if isinstance(module, nn.Conv2d):
+        overridden = type(module)._conv_forward is not nn.Conv2d._conv_forward
+        return None if overridden else nn.Conv2d.forward
+    return next(cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D").forward
+
+
+def _to_masked(module):
+    module.__class__ = masked_class(type(module))
+    module._start()
+
+
+@functools.cache
+def masked_class(plain: type) -> type:
+    """The masked version of a layer class, a subclass of it, so that `isinstance` and its own methods keep working."""
+    if plain is nn.Linear:
+        return MaskedLinear
+    if plain is nn.Conv2d:
+        return MaskedConv2d
+    if issubclass(plain, nn.Linear):
+        base = MaskedLinear
+    elif issubclass(plain, nn.Conv2d):
+        base = MaskedConv2d
+    else:
+        base = MaskedConv1D
+    return type("Masked" + plain.__name__, (base, plain), {"__doc__": base.__doc__, "__reduce_ex__": _reduce})
+
+
+def _plain_class(masked):
+    if masked.__reduce_ex__ is _reduce:
+        return masked.__bases__[1]
+    return nn.Linear if issubclass(masked, nn.Linear) else nn.Conv2d
+
+
+def _reduce(module, protocol):
+    """Pickle a layer of a class that only exists here, by the name of the plain class."""
+    return _rebuild, (_plain_class(type(module)),), module.__getstate__()
+
+
+def _rebuild(plain):
+    masked = masked_class(plain)
+    return masked.__new__(masked)

@@ -1,0 +1,250 @@
+"""Keeps W == W∘M: the pruned weights of a masked layer are exactly zero, whoever writes to them.
+
+Who writes, and what restores zeros before anybody can compute with the result:
+
+- an optimizer of torch (momentum, weight decay, foreach, fused): a hook after `Optimizer.step`, for every optimizer of the
+  process. Optimizers that keep the zeros themselves say so with a class attribute `masks_weights = True`;
+- `load_state_dict`, `set_mask`, `reset_parameters`: the layer's own methods;
+- anything else in place (`nn.init`, `copy_` under no_grad, `weight = nn.Parameter(...)`, a broadcast): the layer remembers
+  the version of weight and mask, and looks before its next forward. A write through `weight.data` leaves no version; it is
+  noticed when the storage is another one, when one pruned weight (the first) is no longer zero, as after any write to the
+  whole tensor, and in any case after the next optimizer step, `train()`, `eval()` or `state_dict()`.
+
+So no forward pays for a multiply by the mask. While torch.compile or torch.export traces, none of this can be seen, and the
+op multiplies by the mask itself. The gradient of a masked layer is zero off the mask; where the weight is also used outside
+of masked layers, its gradient is the true one, and only the weight is kept at zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from .. import masks
+from ..masks import Mask
+from ..ops import bitmask
+
+
+class MaskedWeight:
+    """What every masked layer has, to be put before an `nn.Module` that has a `weight`.
+
+    Attributes:
+        weight: the module's own Parameter, exactly 0 wherever the mask is 0.
+        weight_mask: buffer, int32 words of the mask (`masks.Mask`); shared by layers that share one weight.
+    """
+
+    weight: nn.Parameter
+    weight_mask: Tensor
+    _transient = ("_seen", "_dead", "_probe")  # caches of one object on one device: never copied, never pickled
+    _seen: tuple | None = None  # versions of weight and mask that are known to satisfy the invariant
+    _dead: tuple[int, ...] | None = None  # where the mask has its first 0; None: nothing is pruned
+    _probe: Tensor | None = None  # the weight at that place
+
+    # ---- the mask ----
+
+    @property
+    def mask(self) -> Mask:
+        """A copy of the mask as a value, of the shape of `weight`."""
+        return Mask(self.weight_mask.clone(), self.weight.shape)
+
+    @property
+    def density(self) -> float:
+        """The fraction of the weights that is kept, 0..1 (1 for an empty weight)."""
+        return bitmask.count(self.weight_mask) / self.weight.numel() if self.weight.numel() else 1.0
+
+    @torch.no_grad()
+    def set_mask(self, mask: Mask | Tensor) -> None:
+        """Replace the mask, and zero what it prunes. Weights that come back start from 0.
+
+        Args:
+            mask: a `Mask` or a bool tensor, of the shape of `weight`; on any device.
+
+        Raises:
+            TypeError: something else.
+            ValueError: another shape.
+        """
+        if isinstance(mask, Tensor):
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask: expected a Mask or a torch.bool tensor, got {mask.dtype}")
+        elif not isinstance(mask, Mask):
+            raise TypeError(f"mask: expected a Mask or a torch.bool tensor, got {type(mask).__name__}")
+        if mask.shape != self.weight.shape:
+            raise ValueError(f"mask: expected shape {list(self.weight.shape)} like weight, got {list(mask.shape)}")
+        if isinstance(mask, Tensor):
+            mask = Mask.from_dense(mask)
+        self.weight_mask.copy_(mask.words)
+        if not self.weight.is_meta:
+            bitmask.apply_(self.weight, self.weight_mask)  # on the weight itself: a graph that waits must notice
+        self._restore()
+
+    # ---- before a forward ----
+
+    def _premasked(self) -> bool:
+        """True when `weight` is known to be zero off the mask, restoring the zeros if they may be gone."""
+        if torch.compiler.is_compiling():
+            return False
+        weight, words = self._parameters["weight"], self._buffers["weight_mask"]
+        if type(weight) is not nn.Parameter:  # functional_call, vmap, replicas: somebody else's tensor
+            return False
+        try:
+            now = (id(weight), weight._version, weight.data_ptr(), id(words), words._version)
+        except RuntimeError:  # tensors of inference_mode have no version, fake ones no address
+            return False
+        if now != self._seen or (self._probe is not None and bool(self._probe)):
+            self._restore()
+        return True
+
+    def _nothing_pruned(self) -> bool:
+        """True when the mask is known to keep everything; asked after `_premasked()` said True."""
+        return self._dead is None
+
+    def _restore(self) -> None:
+        """Zero what the mask prunes. Writes through `.data`: what changes has no say in any graph, so none is told."""
+        weight, words = self._parameters["weight"], self._buffers["weight_mask"]
+        if type(weight) is not nn.Parameter or weight.is_meta:
+            return
+        if not any(owner is self for owner in masks.owners_of(weight)):
+            self._join(weight)
+            words = self._buffers["weight_mask"]
+        data = weight.data
+        bitmask.apply_(data, words)
+        try:
+            seen = (id(weight), weight._version, weight.data_ptr(), id(words), words._version)
+        except RuntimeError:
+            self._forget()
+            return
+        if self._seen is None or seen[3:] != self._seen[3:]:
+            self.__dict__["_dead"] = _first_zero(words, weight.shape)
+        on_cpu = weight.device.type == "cpu"  # elsewhere a look would wait for the device
+        self.__dict__["_probe"] = data[self._dead] if on_cpu and self._dead is not None else None
+        self.__dict__["_seen"] = seen
+
+    def _note_version(self, weight: nn.Parameter) -> None:
+        """The weight has changed and is known to be zero off the mask: nothing to look for before the next forward."""
+        if self._seen is not None and self._seen[0] == id(weight):
+            self.__dict__["_seen"] = (id(weight), weight._version, *self._seen[2:])
+
+    def _forget(self) -> None:
+        for name in self._transient:
+            self.__dict__.pop(name, None)
+
+    def _join(self, weight: nn.Parameter) -> None:
+        """Become one of the layers that mask this weight: with the mask that it has, or with the own one."""
+        for other in masks.owners_of(weight):
+            if other.weight_mask.device == weight.device and other.weight.shape == weight.shape:
+                self._buffers["weight_mask"] = other.weight_mask
+                break
+        masks.attach(weight, self)
+        _watch_optimizers()
+
+    def _start(self, mask: Mask | Tensor | None = None) -> None:
+        """Make the module a masked layer that keeps everything, or what `mask` says."""
+        weight = self._parameters["weight"]
+        self.register_buffer("weight_mask", bitmask.full_words(weight.shape, True, weight.device))
+        self._join(weight)
+        if mask is not None:
+            self.set_mask(mask)
+
+    # ---- nn.Module's own doings ----
+
+    def train(self, mode: bool = True):
+        self._forget()
+        return super().train(mode)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "weight_mask" in self._buffers:  # the first call comes from the constructor
+            self._restore()
+
+    def extra_repr(self) -> str:
+        kept = "" if self.weight_mask.is_meta else f", density={self.density:.4g}"
+        return super().extra_repr() + kept
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        words, weight = self._buffers["weight_mask"], self._parameters["weight"]
+        for other in masks.owners_of(weight):  # the move made a copy of the words for each of them: one again
+            other._buffers["weight_mask"] = words
+            other._forget()
+        self._forget()
+        return self
+
+    def _save_to_state_dict(self, *args, **kwargs) -> None:
+        if not torch.compiler.is_compiling():
+            self._forget()
+            self._premasked()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest) -> None:
+        key = prefix + "weight_mask"
+        plain = key not in state_dict and prefix + "weight" in state_dict
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        weight, words = self._parameters["weight"], self._buffers["weight_mask"]
+        if plain:  # the state of a layer without a mask: everything is kept
+            if key in missing_keys:
+                missing_keys.remove(key)
+            full = bitmask.full_words(weight.shape, True, weight.device)
+            if words.device == weight.device:
+                words.copy_(full)
+            else:  # assign=True brought the weight to another device
+                self._buffers["weight_mask"] = full
+        elif tuple(words.shape) == bitmask.words_shape(weight.shape) and not words.is_meta:
+            words &= bitmask.full_words(weight.shape, True, words.device)  # padding bits are zero, whatever the file says
+        self._forget()
+        self._restore()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in self._transient}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if isinstance(self._parameters.get("weight"), nn.Parameter):
+            self._join(self._parameters["weight"])
+
+
+def _first_zero(words: Tensor, shape) -> tuple[int, ...] | None:
+    """The index of the first weight that is pruned, None if none is."""
+    pruned = words ^ bitmask.full_words(shape, True, words.device)
+    rows = pruned.any(1).nonzero()
+    if not len(rows):
+        return None
+    row = int(rows[0])
+    word = int(pruned[row].nonzero()[0])
+    bits = int(pruned[row, word]) & 0xFFFFFFFF
+    column = 32 * word + (bits & -bits).bit_length() - 1
+    rest = tuple(shape) if len(shape) < 2 else tuple(shape)[1:]
+    index = []
+    for size in reversed(rest):
+        column, i = divmod(column, size)
+        index.append(i)
+    return ((row,) if len(shape) >= 2 else ()) + tuple(reversed(index))
+
+
+# ---- after an optimizer's step ----
+
+_watching = False
+
+
+def _watch_optimizers() -> None:
+    """Ask torch to call `_after_step`, once per process, from the first masked layer on."""
+    global _watching
+    if not _watching:
+        register_optimizer_step_post_hook(_after_step)
+        _watching = True
+
+
+def _after_step(optimizer: Optimizer, args, kwargs) -> None:
+    keeps_zeros = getattr(optimizer, "masks_weights", False)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            owners = masks.owners_of(param)
+            if not owners:
+                continue
+            first = owners[0]
+            if keeps_zeros:
+                first._note_version(param)
+            else:
+                first._restore()
+            for other in owners[1:]:
+                other._note_version(param)

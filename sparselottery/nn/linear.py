@@ -1,0 +1,78 @@
+"""Masked linear layers: nn.Linear's, and the transposed one that transformers calls Conv1D."""
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import Mask
+from ..ops import bitmask
+from ..ops.masked_linear import masked_linear
+from .invariant import MaskedWeight
+
+
+class MaskedLinear(MaskedWeight, nn.Linear):
+    """y = x (W∘M)ᵀ + b: an `nn.Linear` whose weight is masked by bits and is exactly zero wherever the mask is.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for `nn.Linear`.
+        mask: which weights are kept: a `Mask` or a bool tensor `[out_features, in_features]`; None keeps all.
+
+    Shapes: x `[*, in_features]` -> `[*, out_features]`. The gradient of `weight` is zero off the mask.
+
+    Raises:
+        TypeError, ValueError: `mask` is something else or has another shape.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mask: Mask | Tensor | None = None,
+        device=None,
+        dtype=None,
+    ):
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self._start(mask)
+
+    def forward(self, input: Tensor) -> Tensor:
+        premasked = self._premasked()
+        if premasked and self._nothing_pruned():
+            return super().forward(input)
+        return masked_linear(input, self.weight, self.weight_mask, self.bias, premasked=premasked)
+
+
+class MaskedConv1D(MaskedWeight):
+    """y = x (W∘M) + b with a weight `[in, out]`: put before transformers' `Conv1D` (GPT-2's projections) by `sparsify`.
+
+    The mask has the layout of the weight. The kernels want rows of outputs, so a transposed copy of the bits is kept too.
+    """
+
+    _transient = (*MaskedWeight._transient, "_transposed", "_transposed_of")
+    _transposed: Tensor | None = None
+    _transposed_of: tuple | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        premasked = self._premasked()
+        if premasked and self._nothing_pruned():
+            return super().forward(x)
+        words = self._words_by_output(cached=premasked)
+        return masked_linear(x, self.weight.t(), words, self.bias, premasked=premasked)
+
+    def _words_by_output(self, cached: bool) -> Tensor:
+        """int32 words of the mask transposed, `[out, ceil(in / 32)]`."""
+        words = self.weight_mask
+        if not cached:
+            return bitmask.pack(bitmask.unpack(words, self.weight.shape).t())
+        now = (id(words), words._version)
+        if self._transposed_of != now:
+            self.__dict__["_transposed"] = bitmask.pack(bitmask.unpack(words, self.weight.shape).t())
+            self.__dict__["_transposed_of"] = now
+        return self._transposed
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D (known by name: transformers need not be there)."""
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__
+    ) and isinstance(module._parameters.get("weight"), torch.Tensor)
