@@ -160,3 +160,17 @@ def words_of(param: Tensor) -> Tensor | None:
         if owner is not None:
             return owner.weight_mask
     return None
+
+
+def owners_of(param: Tensor) -> list:
+    """The living layers that mask a parameter, the last attached first."""
+    return [owner for ref in _owners.get(param, ()) if (owner := ref()) is not None]
+
+
+def detach(param: Tensor, owner) -> None:
+    """`owner` no longer masks `param`."""
+    left = [ref for ref in _owners.get(param, ()) if ref() is not None and ref() is not owner]
+    if left:
+        _owners[param] = left
+    else:
+        _owners.pop(param, None)
