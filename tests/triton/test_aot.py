@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from sparselottery.kernels import aot
 
 CASE = aot.AotCase("case", fn=None, signature={}, constexprs={}, expect=("HGMMA",))

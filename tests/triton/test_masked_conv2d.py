@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from sparselottery.kernels import masked_conv2d as kernels
 
+from sparselottery.kernels import masked_conv2d as kernels
 from sparselottery.ops import reference
 
 # batch, in, out, height, width, kernel, stride, padding, dilation, groups

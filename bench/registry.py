@@ -1,0 +1,128 @@
+"""Which cases there are. What a case runs is in setups.py, found by the name of its op."""
+
+import dataclasses
+
+OPS = ("topk", "linear", "conv", "step", "optim", "bitmask")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the benchmark before anything is allocated.
+
+    Attributes:
+        op: one of OPS.
+        sizes: what setups.py needs: linear (in, out); conv (cin, cout, kernel, height); topk and optim the lengths of
+            the tensors; step the widths of the layers; bitmask (rows, columns).
+        density: fraction of the weights that is kept.
+        batch: rows or images per call; 0 where there is none.
+        dtype: a torch dtype's name.
+        direction: "forward", "forward+backward" or "" where there is only one.
+        device: "cpu" or "cuda".
+        quick: part of the short run.
+    """
+
+    op: str
+    sizes: tuple
+    density: float
+    batch: int = 0
+    dtype: str = "float32"
+    direction: str = ""
+    device: str = "cpu"
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """Without the density, which has a column of its own."""
+        if self.op == "linear":
+            text = "{}x{}".format(*self.sizes)
+        elif self.op == "conv":
+            text = "{0}->{1} {2}x{2} on {3}x{3}".format(*self.sizes)
+        elif self.op == "step":
+            text = "MLP " + "-".join(map(str, self.sizes))
+        elif self.op == "bitmask":
+            text = "{} {}x{}".format(*self.sizes)
+        else:
+            total = sum(self.sizes)
+            text = f"{total / 1e6:g}e6 weights in {len(self.sizes)} tensor{'s' if len(self.sizes) > 1 else ''}"
+        text += f" batch {self.batch}" if self.batch else ""
+        text += f" {self.dtype}" if self.dtype != "float32" else ""
+        return text + (f" {self.direction}" if self.direction else "")
+
+    def prepare(self, seed: int = 0):
+        """Allocates the inputs from `seed` and returns a setups.Work."""
+        from sparselottery.bench import setups
+
+        return setups.SETUPS[self.op](self, seed)
+
+
+BOTH = "forward+backward"
+LENET = (784 * 300, 300, 300 * 100, 100, 100 * 10, 10)
+
+
+def cpu_cases() -> list[Case]:
+    """The shapes of small research networks and of single large layers, fp32."""
+    cases = []
+    for sizes, quick in [((1_000_000,), True), ((25_000_000,), False), ((25_000,) * 1000, False)]:
+        cases.append(Case("topk", sizes, 0.2, quick=quick))
+    cases.append(Case("topk", (1_000_000,), 0.2, dtype="bfloat16"))
+    for sizes, batch, densities in [
+        ((784, 300), 60, (0.2, 0.1, 0.02)),
+        ((1024, 1024), 128, (0.5, 0.2, 0.1, 0.02)),
+        ((1024, 1024), 16, (0.1,)),
+        ((4096, 4096), 128, (0.1,)),
+    ]:
+        for density in densities:
+            for direction in ("forward", BOTH):
+                quick = sizes[0] < 4096 and density in (0.1, 0.02) and batch != 16
+                cases.append(Case("linear", sizes, density, batch, direction=direction, quick=quick))
+    cases += [Case("linear", (4096, 4096), d, 1, direction="forward", quick=d == 0.1) for d in (0.2, 0.1, 0.02)]
+    for sizes, batch in [((64, 64, 3, 32), 60), ((128, 128, 3, 16), 60), ((32, 32, 3, 16), 128)]:
+        for density in (0.1, 0.02):
+            for direction in ("forward", BOTH):
+                quick = sizes[0] == 32 and direction == BOTH
+                cases.append(Case("conv", sizes, density, batch, direction=direction, quick=quick))
+    for density in (0.2, 0.1, 0.05, 0.02):
+        cases.append(Case("step", (784, 300, 100, 10), density, 60, quick=density in (0.2, 0.02)))
+        cases.append(Case("optim", LENET, density, quick=density in (0.2, 0.02)))
+    cases += [Case("optim", (4_000_000,) * 4, density) for density in (0.2, 0.1, 0.02)]
+    for what in ("pack", "unpack", "count", "hamming", "apply"):
+        cases.append(Case("bitmask", (what, 4096, 4096), 0.1, quick=True))
+    return cases
+
+
+def cuda_cases() -> list[Case]:
+    """Every regime of a large GPU: decode, training, fp32, convolutions, thresholds over 1e8 weights, optimizers."""
+    cases = [
+        Case("topk", (100_000_000,), 0.2, quick=True),
+        Case("topk", (100_000_000,), 0.2, dtype="bfloat16"),
+        Case("topk", (25_000,) * 1000, 0.2),
+        Case("topk", (1_000_000_000,), 0.1),
+    ]
+    for density in (0.5, 0.2, 0.1, 0.05, 0.02):
+        for batch in (1, 16, 128):
+            quick = batch == 1 and density == 0.1
+            cases.append(Case("linear", (4096, 4096), density, batch, "bfloat16", "forward", quick=quick))
+    for density in (0.1, 0.05, 0.02):
+        cases.append(Case("linear", (4096, 4096), density, 4096, "bfloat16", BOTH, quick=density == 0.1))
+        cases.append(Case("linear", (4096, 4096), density, 4096, "float32", BOTH))
+        cases.append(Case("conv", (256, 256, 3, 28), density, 128, "bfloat16", BOTH, quick=density == 0.1))
+        cases.append(Case("optim", (25_000_000,) * 4, density, quick=density == 0.1))
+        cases.append(Case("step", (784, 300, 100, 10), density, 60, quick=density == 0.1))
+    for what in ("pack", "unpack", "count", "hamming", "apply"):
+        cases.append(Case("bitmask", (what, 8192, 8192), 0.1, quick=what == "apply"))
+    return [dataclasses.replace(case, device="cuda") for case in cases]
+
+
+def select(ops=(), *, device: str = "cpu", full: bool = False) -> list[Case]:
+    """The cases of `ops` (all where empty) on a device; without `full` only the short run's.
+
+    Raises:
+        ValueError: an op or a device that is not known.
+    """
+    unknown = [op for op in ops if op not in OPS]
+    if unknown:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {unknown[0]!r}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+    cases = cpu_cases() if device == "cpu" else cuda_cases()
+    return [case for case in cases if (not ops or case.op in ops) and (full or case.quick)]

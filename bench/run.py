@@ -1,0 +1,186 @@
+"""Runs cases and writes one CSV.
+
+    python bench/run.py [topk linear conv step optim bitmask] [--device cpu|cuda] [--full] [--repeats 2] [--out FILE]
+
+On the CPU everything runs on one pinned thread. A row compares one backend of ours with one baseline, both timed in the
+same interleaved rounds; `speedup` is empty where the parity gate is red.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sparselottery import _ext
+from sparselottery.bench import registry, timing, verify
+
+COLUMNS = ["op", "case", "direction", "dtype", "batch", "density", "backend", "baseline", "ours_us_p20", "ours_us", "ours_us_p80", "baseline_us_p20", "baseline_us", "baseline_us_p80", "speedup", "parity", "error", "roofline_us", "roofline_share", "run", "rounds", "seed", "device", "threads", "core", "isa", "python", "torch", "triton", "cuda", "sparselottery", "date"]
+SEED = 0
+
+
+def device_name(device: str) -> str:
+    """The processor or GPU that is measured."""
+    return torch.cuda.get_device_name() if device == "cuda" else _ext.cpu_model()
+
+
+def run(
+    ops=(),
+    *,
+    device: str = "cpu",
+    full: bool = False,
+    seconds: float = 0.5,
+    repeats: int = 1,
+    progress: Callable[[str], object] = lambda line: None,
+) -> dict:
+    """Times the cases of `ops` (all where empty).
+
+    Args:
+        device: "cpu" (one thread) or "cuda".
+        full: the large cases too; without it the run takes under a minute on a CPU.
+        seconds: about how long the rounds of one case may take.
+        repeats: how often the whole is done, to show the spread.
+        progress: called with a line of text after every case.
+
+    Returns:
+        {"device", "versions", "ceilings", "rows", "failures"}; a row has op, case, density, backend, baseline, ours_us,
+        baseline_us, speedup (None where parity is red), parity and the other COLUMNS; a failure is {"op", "case", "error"}.
+
+    Raises:
+        ValueError: an unknown op or device, or no CUDA device for "cuda".
+    """
+    cases = registry.select(ops, device=device, full=full)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected a machine with a CUDA device for cuda, torch finds none")
+    report = _ext.env_report()
+    result = {"device": device_name(device), "versions": report["versions"], "rows": [], "failures": []}
+    with timing.pinned(device) as core, torch.random.fork_rng(devices=[0] if device == "cuda" else []):
+        result["ceilings"] = timing.ceilings(device)
+        common = {
+            "device": result["device"],
+            "threads": torch.get_num_threads(),
+            "core": core,
+            "isa": report["cpu"]["isa"],
+            "cuda": torch.version.cuda,
+            "seed": SEED,
+            "date": datetime.date.today().isoformat(),
+        } | {name: report["versions"][name] for name in ("python", "torch", "triton", "sparselottery")}
+        for repeat in range(1, repeats + 1):
+            for case in cases:
+                try:
+                    rows = run_case(case, seconds, result["ceilings"])
+                except Exception as error:  # one broken kernel must not hide the figures of the others
+                    text = f"{type(error).__name__}: {error}".splitlines()[0]
+                    result["failures"].append(
+                        {"op": case.op, "case": case.name, "density": case.density, "error": text}
+                    )
+                    progress(f"FAILED {case.op} {case.name} density {case.density:g}: {text}")
+                    continue
+                finally:
+                    if device == "cuda":
+                        torch.cuda.empty_cache()
+                result["rows"] += [row | common | {"run": repeat} for row in rows]
+                for row in rows:
+                    progress(line(row))
+    return result
+
+
+def run_case(case, seconds: float, ceilings: dict) -> list[dict]:
+    """The rows of one case, every backend of ours against every baseline."""
+    work = case.prepare(SEED)
+    parities = verify.verify(work)
+    runs = {name: (candidate.run, candidate.backend) for name, candidate in work.candidates.items()}
+    times = timing.interleave(runs, device=case.device, seconds=seconds)
+    peak = ceilings.get(case.dtype, ceilings["float32"])
+    roofline = max(work.bytes / ceilings["bytes"], work.operations / peak) * 1e6
+    rows = []
+    for ours in (name for name, candidate in work.candidates.items() if candidate.ours):
+        for baseline in (name for name, candidate in work.candidates.items() if not candidate.ours):
+            checked = [parities[name] for name in (ours, baseline) if name in parities]
+            parity = ours in parities and all(p.ok for p in checked)
+            mine, theirs = times[ours], times[baseline]
+            rows.append(
+                {
+                    "op": case.op,
+                    "case": case.name,
+                    "direction": case.direction,
+                    "dtype": case.dtype,
+                    "batch": case.batch,
+                    "density": case.density,
+                    "backend": ours,
+                    "baseline": baseline,
+                    "ours_us_p20": mine.p20,
+                    "ours_us": mine.p50,
+                    "ours_us_p80": mine.p80,
+                    "baseline_us_p20": theirs.p20,
+                    "baseline_us": theirs.p50,
+                    "baseline_us_p80": theirs.p80,
+                    "speedup": theirs.p50 / mine.p50 if parity else None,
+                    "parity": parity,
+                    "error": max((p.error for p in checked), default=None),
+                    "roofline_us": roofline,
+                    "roofline_share": roofline / mine.p50,
+                    "rounds": mine.rounds,
+                }
+            )
+    return rows
+
+
+def line(row: dict) -> str:
+    """One row as text for a terminal."""
+    what = f"{row['op']} {row['case']} density {row['density']:g} {row['backend']}"
+    if not row["parity"]:
+        return f"{what}: RED, results differ from the reference (error {row['error']:.2g})"
+    return f"{what}: {row['ours_us']:.1f} us, {row['speedup']:.2f}x {row['baseline']} ({row['baseline_us']:.1f} us)"
+
+
+def write_csv(result: dict, path) -> Path:
+    """Writes the rows of `run()`; numbers with six significant digits, nothing where there is none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def cell(value):
+        return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({name: cell(row[name]) for name in COLUMNS} for row in result["rows"])
+    return path
+
+
+def main(argv=None) -> int:
+    """The command line; returns 0, 1 if a case is red or broken, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(description="Times the package against what users have today.")
+    parser.add_argument("op", nargs="*", metavar="OP", help=f"{', '.join(registry.OPS)} (default: all)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--full", action="store_true", help="the large cases too")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for the rounds of one case (default 0.5)")
+    parser.add_argument("--repeats", type=int, default=1, help="do all of it so often, to show the spread")
+    parser.add_argument("--out", metavar="FILE", help="the CSV (default: bench-DEVICE.csv)")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
+    arguments = parser.parse_args(argv)
+
+    def say(text):
+        print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+
+    options = {name: getattr(arguments, name) for name in ("device", "full", "seconds", "repeats")}
+    try:
+        result = run(arguments.op, **options, progress=say)
+    except ValueError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2
+    path = write_csv(result, arguments.out or f"bench-{arguments.device}.csv")
+    say(f"{result['device']}, {platform.platform()}: {path}")
+    if arguments.json:
+        print(json.dumps(result))
+    return 1 if result["failures"] or not all(row["parity"] for row in result["rows"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
