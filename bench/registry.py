@@ -42,8 +42,7 @@ class Case:
         elif self.op == "bitmask":
             text = "{} {}x{}".format(*self.sizes)
         else:
-            total = sum(self.sizes)
-            text = f"{total / 1e6:g}e6 weights in {len(self.sizes)} tensor{'s' if len(self.sizes) > 1 else ''}"
+            text = f"{sum(self.sizes):,} weights in {len(self.sizes)} tensor{'s' if len(self.sizes) > 1 else ''}"
         text += f" batch {self.batch}" if self.batch else ""
         text += f" {self.dtype}" if self.dtype != "float32" else ""
         return text + (f" {self.direction}" if self.direction else "")

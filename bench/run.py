@@ -20,7 +20,12 @@ import torch
 from sparselottery import _ext
 from sparselottery.bench import registry, timing, verify
 
-COLUMNS = ["op", "case", "direction", "dtype", "batch", "density", "backend", "baseline", "ours_us_p20", "ours_us", "ours_us_p80", "baseline_us_p20", "baseline_us", "baseline_us_p80", "speedup", "parity", "error", "roofline_us", "roofline_share", "run", "rounds", "seed", "device", "threads", "core", "isa", "python", "torch", "triton", "cuda", "sparselottery", "date"]
+COLUMNS = [
+    *("op", "case", "direction", "dtype", "batch", "density", "backend", "baseline"),
+    *("ours_us_p20", "ours_us", "ours_us_p80", "baseline_us_p20", "baseline_us", "baseline_us_p80", "speedup"),
+    *("parity", "error", "roofline_us", "roofline_share", "run", "rounds", "seed", "device", "threads", "core", "isa"),
+    *("python", "torch", "triton", "cuda", "sparselottery", "date"),
+]
 SEED = 0
 
 

@@ -1,0 +1,238 @@
+"""The benchmark's own machinery: percentiles, parity gate, registry, CSV, tables. Speeds are not tested."""
+
+import csv
+import gc
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from sparselottery.bench import registry, report, run, setups, timing, verify
+
+
+def test_percentiles():
+    assert timing.percentiles([5.0]) == (5.0, 5.0, 5.0)
+    assert timing.percentiles([6, 1, 2, 5, 3, 4]) == (2.0, 3.5, 5.0)
+
+
+def test_pinned_puts_everything_back():
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    with pytest.raises(KeyError), timing.pinned() as core:
+        assert torch.get_num_threads() == 1 and os.sched_getaffinity(0) == {core} and not gc.isenabled()
+        raise KeyError
+    assert torch.get_num_threads() == threads and os.sched_getaffinity(0) == cores and gc.isenabled()
+
+
+@pytest.mark.parametrize("before", [None, "dense"])
+def test_backend_is_forced_and_put_back(monkeypatch, before):
+    monkeypatch.delenv("SPARSELOTTERY_BACKEND", raising=False)
+    if before:
+        monkeypatch.setenv("SPARSELOTTERY_BACKEND", before)
+    with timing.backend("cpu"):
+        assert os.environ["SPARSELOTTERY_BACKEND"] == "cpu"
+    with timing.backend(None):
+        assert "SPARSELOTTERY_BACKEND" not in os.environ
+    assert os.environ.get("SPARSELOTTERY_BACKEND") == before
+
+
+def test_interleave_takes_turns_and_counts_inputs():
+    order = []
+    runs = {name: (lambda i, name=name: order.append(name), None) for name in "ab"}
+    times = timing.interleave(runs, seconds=0.01)
+    assert times["a"].rounds == times["b"].rounds >= timing.MIN_ROUNDS
+    turns = [name for k, name in enumerate(order) if k == 0 or order[k - 1] != name]
+    assert len(turns) > timing.MIN_ROUNDS
+    for t in times.values():
+        assert 0 < t.p20 <= t.p50 <= t.p80
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "ok"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], True),
+        ([1.0, 2.0], [1.0, 2.0 + 1e-6], True),
+        ([1.0, 2.0], [1.0, 2.001], False),
+        ([1.0, NAN], [1.0, 2.0], False),
+        ([1.0, INF], [1.0, 2.0], False),
+        ([0.0, 0.0], [0.0, 0.0], True),
+        ([1e-3, 0.0], [0.0, 0.0], False),
+        ([], [], True),
+    ],
+)
+def test_compare(got, want, ok):
+    assert verify.compare([torch.tensor(got)], [torch.tensor(want, dtype=torch.float64)], 1e-5).ok is ok
+
+
+def test_compare_wants_the_same_shapes_and_counts():
+    one = torch.ones(3)
+    assert not verify.compare([one], [one, one], 1.0).ok
+    assert not verify.compare([one], [torch.ones(1, 3)], 1.0).ok
+    assert not verify.compare([one.bool()], [torch.tensor([True, True, False])], 1.0).ok
+
+
+def exact(values, kept, threshold, keep):
+    return setups.is_exact_topk([torch.tensor(v) for v in values], [torch.tensor(k) for k in kept], threshold, keep)
+
+
+def test_proof_of_an_exact_selection():
+    values = [[3.0, -1.0, 1.0], [1.0, -2.0]]
+    T, F = True, False
+    assert exact(values, [[T, T, F], [F, T]], 1.0, 3).all()
+    assert not exact(values, [[T, F, T], [F, T]], 1.0, 3).all()  # a tie went to the higher index
+    assert not exact(values, [[T, F, F], [T, T]], 1.0, 3).all()  # ... to a later tensor
+    assert not exact(values, [[T, T, F], [F, F]], 1.0, 2).all()  # a larger weight was dropped
+    assert not exact(values, [[T, T, F], [F, T]], 2.0, 3).all()  # the threshold is not that of the survivors
+    assert not exact(values, [[T, F, F], [F, T]], 1.0, 2).all()  # nothing survives at the threshold
+    assert exact(values, [[F, F, F], [F, F]], INF, 0).all()
+    assert exact(values, [[T, T, T], [T, T]], 1.0, 5).all()
+
+
+def test_registry_selects_by_op_device_and_length():
+    assert {case.op for case in registry.select()} == set(registry.OPS) == set(setups.SETUPS)
+    assert {case.op for case in registry.select(device="cuda")} == set(registry.OPS)
+    quick, full = registry.select(["topk"]), registry.select(["topk"], full=True)
+    assert set(quick) < set(full) and {case.op for case in full} == {"topk"}
+    for device in ("cpu", "cuda"):
+        names = [(c.op, c.name, c.density) for c in registry.select(device=device, full=True)]
+        assert len(names) == len(set(names)), "two cases share a name"
+    with pytest.raises(ValueError, match=r"op: expected one of topk, linear.*got 'lineer'"):
+        registry.select(["lineer"])
+    with pytest.raises(ValueError, match="device: expected cpu or cuda, got 'tpu'"):
+        registry.select(device="tpu")
+
+
+SMALL = [
+    registry.Case("topk", (700, 300), 0.2),
+    registry.Case("linear", (70, 33), 0.1, 5, direction=registry.BOTH),
+    registry.Case("linear", (70, 33), 0.1, 5, direction="forward"),
+    registry.Case("conv", (5, 7, 3, 8), 0.2, 3, direction=registry.BOTH),
+    registry.Case("step", (20, 15, 10), 0.2, 6),
+    registry.Case("optim", (1500, 3), 0.1),
+    *(registry.Case("bitmask", (what, 6, 64), 0.3) for what in ("pack", "unpack", "count", "hamming", "apply")),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: f"{c.op} {c.name}")
+def test_every_kind_of_case_passes_its_parity_gate(case):
+    work = case.prepare()
+    parities = verify.verify(work)
+    assert "auto" in parities and all(p.ok for p in parities.values()), parities
+    assert any(not c.ours for c in work.candidates.values())
+    assert work.bytes > 0
+
+
+def test_same_seed_same_inputs():
+    first, second, third = (SMALL[1].prepare(seed).expected() for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and not torch.equal(first[0], third[0])
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(registry, "cpu_cases", lambda: [SMALL[2], registry.Case("bitmask", ("count", 8, 32), 0.3)])
+    monkeypatch.setattr(timing, "ceilings", lambda device: {"bytes": 1e10, "float32": 1e11})
+
+
+def test_run_gives_the_rows_that_scripts_rely_on(small, tmp_path):
+    lines = []
+    result = json.loads(json.dumps(run.run(full=True, seconds=0.01, repeats=2, progress=lines.append)))
+    assert {"device", "versions", "rows", "failures"} <= result.keys() and result["failures"] == []
+    for row in result["rows"]:
+        assert set(row) == set(run.COLUMNS)
+        assert row["parity"] is True and row["speedup"] == pytest.approx(row["baseline_us"] / row["ours_us"])
+    assert {row["run"] for row in result["rows"]} == {1, 2} and len(lines) == len(result["rows"])
+    path = run.write_csv(result, tmp_path / "new" / "x.csv")
+    rows = report.read(path)
+    assert len(rows) == len(result["rows"]) and rows[0]["speedup"] == pytest.approx(
+        result["rows"][0]["speedup"], rel=1e-4
+    )
+
+
+def test_no_speedup_is_told_for_a_red_case(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(setups, "TOLERANCE", dict.fromkeys(setups.TOLERANCE, -1.0))
+    result = run.run(["linear"], full=True, seconds=0.01, progress=print)
+    assert result["rows"] and all(row["speedup"] is None and row["parity"] is False for row in result["rows"])
+    said = capsys.readouterr().out
+    assert "RED" in said and "x dense" not in said
+    path = run.write_csv(result, tmp_path / "red.csv")
+    assert report.main([str(path)]) == 0
+    assert "RED" in capsys.readouterr().out
+    assert run.main(["linear", "--full", "--seconds", "0.01", "--out", str(path)]) == 1
+
+
+def test_a_broken_case_is_told_and_the_others_go_on(small, monkeypatch, tmp_path):
+    def broken(case, seed):
+        raise RuntimeError("no such kernel\nmore")
+
+    monkeypatch.setitem(setups.SETUPS, "linear", broken)
+    result = run.run(full=True, seconds=0.01)
+    assert [f["error"] for f in result["failures"]] == ["RuntimeError: no such kernel"]
+    assert {row["op"] for row in result["rows"]} == {"bitmask"}
+    assert run.main(["linear", "--full", "--out", str(tmp_path / "x.csv")]) == 1
+
+
+@pytest.mark.parametrize("arguments", [["lineer"], ["--device", "tpu"]])
+def test_a_users_mistake_is_one_line_and_status_2(arguments, capsys):
+    assert run.main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("bench: error: ") and "\n" not in said
+
+
+def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: expected a machine with a CUDA device"):
+        run.run(["topk"], device="cuda")
+
+
+def rows_for_report():
+    common = dict.fromkeys(run.COLUMNS, "")
+    common |= {"device": "Machine", "isa": "avx2", "threads": 1, "core": 1, "torch": "2.13", "python": "3.11"}
+    common |= {"op": "linear", "case": "4x4 batch 2 forward", "density": 0.1, "roofline_share": 0.5, "parity": True}
+    for attempt, ours in ((1, 10.0), (2, 12.0), (3, 11.0)):
+        for baseline, theirs in (("dense", 22.0), ("prune-style", 1100.0)):
+            for name in ("auto", "cpu"):
+                row = {"backend": name, "baseline": baseline, "ours_us": ours, "baseline_us": theirs, "run": attempt}
+                yield common | row | {"speedup": theirs / ours}
+
+
+def test_report_tables_and_readme(tmp_path, monkeypatch, capsys):
+    path = run.write_csv({"rows": list(rows_for_report())}, tmp_path / "x.csv")
+    (entry,) = report.summarize(report.read(path), backends=("auto",))
+    assert entry["ours_us"] == 11.0 and entry["spread"] == pytest.approx(1.2)
+    assert entry["speedups"]["dense"] == pytest.approx(2.0, rel=1e-5)
+    assert report.main([str(path)]) == 0
+    assert "2.00x" in capsys.readouterr().out
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "bench" / "report.py"))
+    for _ in range(2):  # a second time changes nothing
+        assert report.main([str(path), "--readme"]) == 0
+        text = readme.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+        assert "| linear | 4x4 batch 2 forward | 0.1 | 11 us | 2.00x | 100x prune-style |" in text
+        assert text.count(report.BEGIN) == text.count("Machine (avx2), 1 thread") == 1
+    readme.write_text("no markers\n")
+    assert report.main([str(path), "--readme"]) == 2
+    assert readme.read_text() == "no markers\n"
+
+
+def test_report_refuses_other_files(tmp_path):
+    other = tmp_path / "other.csv"
+    with open(other, "w", newline="") as file:
+        csv.writer(file).writerows([["a", "b"], [1, 2]])
+    assert report.main([str(other)]) == 2 and report.main([str(tmp_path / "missing.csv")]) == 2
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.5, "0.5 us"), (999, "999 us"), (1500, "1.5 ms"), (2.5e6, "2.5 s")])
+def test_microseconds(value, text):
+    assert report.microseconds(value) == text
+
+
+def test_scripts_are_runnable_files():
+    assert shutil.which("bash")
+    for name in ("run.py", "verify.py", "report.py"):
+        assert (report.Path(__file__).resolve().parents[1] / "bench" / name).is_file()
