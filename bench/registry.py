@@ -112,6 +112,19 @@ def cuda_cases() -> list[Case]:
     return [dataclasses.replace(case, device="cuda") for case in cases]
 
 
+def small_cases() -> list[Case]:
+    """One tiny case of everything, with odd sizes: for tests, and for checkers under which all is slow."""
+    cases = [
+        Case("topk", (700, 300), 0.2),
+        Case("linear", (70, 33), 0.1, 5, direction=BOTH),
+        Case("linear", (70, 33), 0.1, 5, direction="forward"),
+        Case("conv", (5, 7, 3, 8), 0.2, 3, direction=BOTH),
+        Case("step", (20, 15, 10), 0.2, 6),
+        Case("optim", (1500, 3), 0.1),
+    ]
+    return cases + [Case("bitmask", (what, 6, 64), 0.3) for what in ("pack", "unpack", "count", "hamming", "apply")]
+
+
 def select(ops=(), *, device: str = "cpu", full: bool = False) -> list[Case]:
     """The cases of `ops` (all where empty) on a device; without `full` only the short run's.
 

@@ -12,6 +12,7 @@ import datetime
 import json
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def run(
     full: bool = False,
     seconds: float = 0.5,
     repeats: int = 1,
+    limit: float | None = None,
     progress: Callable[[str], object] = lambda line: None,
 ) -> dict:
     """Times the cases of `ops` (all where empty).
@@ -50,6 +52,7 @@ def run(
         full: the large cases too; without it the run takes under a minute on a CPU.
         seconds: about how long the rounds of one case may take.
         repeats: how often the whole is done, to show the spread.
+        limit: no case is begun this many seconds after the start; those left out are told as failures.
         progress: called with a line of text after every case.
 
     Returns:
@@ -75,24 +78,31 @@ def run(
             "seed": SEED,
             "date": datetime.date.today().isoformat(),
         } | {name: report["versions"][name] for name in ("python", "torch", "triton", "sparselottery")}
-        for repeat in range(1, repeats + 1):
-            for case in cases:
-                try:
-                    rows = run_case(case, seconds, result["ceilings"])
-                except Exception as error:  # one broken kernel must not hide the figures of the others
-                    text = f"{type(error).__name__}: {error}".splitlines()[0]
-                    result["failures"].append(
-                        {"op": case.op, "case": case.name, "density": case.density, "error": text}
-                    )
-                    progress(f"FAILED {case.op} {case.name} density {case.density:g}: {text}")
-                    continue
-                finally:
-                    if device == "cuda":
-                        torch.cuda.empty_cache()
-                result["rows"] += [row | common | {"run": repeat} for row in rows]
-                for row in rows:
-                    progress(line(row))
+        start, planned = time.monotonic(), [(repeat, case) for repeat in range(1, repeats + 1) for case in cases]
+        for done, (repeat, case) in enumerate(planned):
+            if limit is not None and time.monotonic() - start >= limit:
+                reason = f"not run: the limit of {limit:g} s was reached"
+                result["failures"] += [_failure(left, reason) for _, left in planned[done:]]
+                progress(f"{len(planned) - done} of {len(planned)} cases {reason}")
+                break
+            try:
+                rows = run_case(case, seconds, result["ceilings"])
+            except Exception as error:  # one broken kernel must not hide the figures of the others
+                text = f"{type(error).__name__}: {error}".splitlines()[0]
+                result["failures"].append(_failure(case, text))
+                progress(f"FAILED {case.op} {case.name} density {case.density:g}: {text}")
+                continue
+            finally:
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+            result["rows"] += [row | common | {"run": repeat} for row in rows]
+            for row in rows:
+                progress(line(row))
     return result
+
+
+def _failure(case, error: str) -> dict:
+    return {"op": case.op, "case": case.name, "density": case.density, "error": error}
 
 
 def run_case(case, seconds: float, ceilings: dict) -> list[dict]:
@@ -167,6 +177,7 @@ def main(argv=None) -> int:
     parser.add_argument("--full", action="store_true", help="the large cases too")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for the rounds of one case (default 0.5)")
     parser.add_argument("--repeats", type=int, default=1, help="do all of it so often, to show the spread")
+    parser.add_argument("--limit", type=float, help="begin no case after so many seconds")
     parser.add_argument("--out", metavar="FILE", help="the CSV (default: bench-DEVICE.csv)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
     arguments = parser.parse_args(argv)
@@ -174,7 +185,7 @@ def main(argv=None) -> int:
     def say(text):
         print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
-    options = {name: getattr(arguments, name) for name in ("device", "full", "seconds", "repeats")}
+    options = {name: getattr(arguments, name) for name in ("device", "full", "seconds", "repeats", "limit")}
     try:
         result = run(arguments.op, **options, progress=say)
     except ValueError as error:

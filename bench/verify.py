@@ -59,9 +59,13 @@ def main(argv=None) -> int:
     parser.add_argument("op", nargs="*", choices=[*registry.OPS, []], help="default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--full", action="store_true", help="the large cases too")
+    parser.add_argument("--small", action="store_true", help="tiny cases of every op instead")
     arguments = parser.parse_args(argv)
     red = 0
-    for case in registry.select(arguments.op, device=arguments.device, full=arguments.full):
+    cases = registry.select(arguments.op, device=arguments.device, full=arguments.full)
+    if arguments.small:
+        cases = [dataclasses.replace(case, device=arguments.device) for case in registry.small_cases()]
+    for case in cases:
         for name, parity in verify(case.prepare()).items():
             red += not parity.ok
             print(

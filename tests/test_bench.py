@@ -4,7 +4,9 @@ import csv
 import gc
 import json
 import os
-import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,15 +108,7 @@ def test_registry_selects_by_op_device_and_length():
         registry.select(device="tpu")
 
 
-SMALL = [
-    registry.Case("topk", (700, 300), 0.2),
-    registry.Case("linear", (70, 33), 0.1, 5, direction=registry.BOTH),
-    registry.Case("linear", (70, 33), 0.1, 5, direction="forward"),
-    registry.Case("conv", (5, 7, 3, 8), 0.2, 3, direction=registry.BOTH),
-    registry.Case("step", (20, 15, 10), 0.2, 6),
-    registry.Case("optim", (1500, 3), 0.1),
-    *(registry.Case("bitmask", (what, 6, 64), 0.3) for what in ("pack", "unpack", "count", "hamming", "apply")),
-]
+SMALL = [c for c in registry.small_cases() if c.op != "step"]
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: f"{c.op} {c.name}")
@@ -232,7 +226,17 @@ def test_microseconds(value, text):
     assert report.microseconds(value) == text
 
 
-def test_scripts_are_runnable_files():
-    assert shutil.which("bash")
-    for name in ("run.py", "verify.py", "report.py"):
-        assert (report.Path(__file__).resolve().parents[1] / "bench" / name).is_file()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_gpu_script_without_a_gpu_is_one_line_and_status_2(tmp_path):
+    script = Path(run.__file__).resolve().parent / "gpu.sh"
+    env = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
+    assert len(done.stderr.strip().splitlines()) == 1 and "nothing was measured" in done.stderr
+
+
+def test_a_limit_stops_before_the_next_case_and_says_so(small):
+    lines = []
+    result = run.run(full=True, seconds=0.01, limit=0, progress=lines.append)
+    assert result["rows"] == [] and "2 of 2 cases not run" in lines[-1]
+    assert [f["error"] for f in result["failures"]] == ["not run: the limit of 0 s was reached"] * 2
