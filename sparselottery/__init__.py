@@ -1,5 +1,6 @@
 """Find lottery tickets and make them fast."""
 
+from . import optim
 from .masks import Mask
 from .nn import MaskedConv2d, MaskedLinear, densify, from_torch_prune, sparsify
 from .ops.global_topk import global_topk
@@ -15,6 +16,7 @@ __all__ = [
     "densify",
     "from_torch_prune",
     "global_topk",
+    "optim",
     "prune",
     "sparsify",
 ]

@@ -71,6 +71,8 @@ class _Plan:
 class _MaskedOptimizer(torch.optim.Optimizer):
     """What the three have in common: reading masks, keeping plans, refusing what cannot be had."""
 
+    masks_weights = True  # tells masked layers that they need not zero anything after a step
+
     def __init__(self, params, defaults):
         lr = defaults["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:

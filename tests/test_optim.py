@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import sparselottery as sl
 from sparselottery import masks, optim
 from sparselottery.ops import reference
 
@@ -19,7 +20,16 @@ PAIRS = [
     ("Adam", {"lr": 1e-2}),
     ("Adam", {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}),
     ("AdamW", {"lr": 1e-2, "weight_decay": 0.1}),
-    ("AdamW", {"lr": torch.tensor(1e-2, dtype=torch.float64), "betas": (0.8, 0.9), "eps": 1e-6, "amsgrad": True, "maximize": True}),
+    (
+        "AdamW",
+        {
+            "lr": torch.tensor(1e-2, dtype=torch.float64),
+            "betas": (0.8, 0.9),
+            "eps": 1e-6,
+            "amsgrad": True,
+            "maximize": True,
+        },
+    ),
 ]
 IDS = ["-".join([name, *(k for k in options if k != "lr")]) for name, options in PAIRS]
 
@@ -378,3 +388,27 @@ def test_foreach_and_fused_are_accepted():
         p.grad = torch.ones(2)
         optim.SGD([p], lr=0.5, **options).step()
         assert p.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_masked_layers_train_and_are_pruned(name):
+    """With real layers: the same losses as torch.optim under the layers' own hooks, through a pruning in mid-training."""
+    x, y = torch.randn(20, 30, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
+    losses = []
+    for module in (optim, torch.optim):
+        torch.manual_seed(0)
+        model = sl.sparsify(nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 4)).double())
+        options = {"momentum": 0.9, "weight_decay": 0.1} if name == "SGD" else {"weight_decay": 0.1}
+        optimizer = getattr(module, name)(model.parameters(), lr=0.01, **options)
+        losses.append([])
+        for step in range(12):
+            if step == 4:
+                sl.prune(model, density=0.3)
+            loss = nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+        for layer in (model[0], model[2]):
+            assert (layer.weight[~layer.mask.to_dense()] == 0).all()
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-10, atol=1e-12)
