@@ -3,11 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "common.h"
 #include "cpu/isa.h"
+#include "masked_conv2d.h"
 #include "masked_optim.h"
 
 namespace py = pybind11;
@@ -17,6 +20,11 @@ namespace {
 template <class T>
 T* as(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// masked_conv2d: an address and four strides.
+sl::cpu::ConvView conv_view(uintptr_t data, const std::array<int64_t, 4>& stride) {
+  return {as<const float>(data), {stride[0], stride[1], stride[2], stride[3]}};
 }
 
 // masked_optim: ten integers a tensor (ops/masked_optim.py, _Table) and two numbers.
@@ -54,6 +62,33 @@ PYBIND11_MODULE(_C, m) {
     }
     return names;
   });
+
+  // masked_conv2d
+  py::class_<sl::cpu::ConvPlan>(m, "CpuMaskedConv2dPlan")
+      .def(py::init([](uintptr_t words, int64_t out, int64_t channels, int64_t groups, std::array<int64_t, 5> rows,
+                       std::array<int64_t, 5> columns) {
+        py::gil_scoped_release release;
+        return std::make_unique<sl::cpu::ConvPlan>(
+            as<const int32_t>(words), out, channels, groups,
+            sl::cpu::ConvAxis{rows[0], rows[1], rows[2], rows[3], rows[4]},
+            sl::cpu::ConvAxis{columns[0], columns[1], columns[2], columns[3], columns[4]});
+      }))
+      .def_property_readonly("survivors", &sl::cpu::ConvPlan::survivors);
+  m.def("cpu_masked_conv2d_forward",
+        [](const sl::cpu::ConvPlan& plan, int64_t batch, uintptr_t x, std::array<int64_t, 4> x_stride, uintptr_t weight,
+           uintptr_t bias, uintptr_t y) {
+          py::gil_scoped_release release;
+          sl::cpu::masked_conv2d_forward(plan, batch, conv_view(x, x_stride), as<const float>(weight),
+                                         as<const float>(bias), as<float>(y));
+        });
+  m.def(
+      "cpu_masked_conv2d_backward",
+      [](const sl::cpu::ConvPlan& plan, int64_t batch, uintptr_t grad, std::array<int64_t, 4> grad_stride, uintptr_t x,
+         std::array<int64_t, 4> x_stride, uintptr_t weight, uintptr_t dx, uintptr_t dweight, uintptr_t dbias) {
+        py::gil_scoped_release release;
+        sl::cpu::masked_conv2d_backward(plan, batch, conv_view(grad, grad_stride), conv_view(x, x_stride),
+                                        as<const float>(weight), as<float>(dx), as<float>(dweight), as<float>(dbias));
+      });
 
   // masked_optim
   m.def("cpu_masked_optim_sgd", [](const std::vector<int64_t>& table, const std::vector<double>& numbers, int dtype,

@@ -5,13 +5,13 @@ and are fast in channels_last; the weight is first copied, masked by its bits, i
 that the product itself never looks at a mask. Gradients of the weight are masked where they are stored, and only live
 tiles are computed. Nothing is added atomically: results repeat bit for bit.
 
-Callers (ops/masked_conv2d.py) have checked their arguments.
+Callers (ops/masked_conv2d.py) have checked their arguments; the dict `plans` keeps a
+mask's lists of tiles from call to call.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch.utils.weak import WeakTensorKeyDictionary
 from triton.runtime.interpreter import InterpretedFunction
 
 from .aot import AotCase
@@ -172,21 +172,7 @@ def weight_product(
     tl.store(out, tl.where(keep, acc, 0.0).to(dweight.dtype.element_ty), mask=stored)
 
 
-# ---- live tiles, kept for as long as their mask lives and does not change ----
-
-_PLANS = WeakTensorKeyDictionary()
-
-
-def _plan(words, key, build):
-    if words.is_inference():  # such tensors do not count their changes
-        return build()
-    version, plans = _PLANS.get(words, (None, None))
-    if version != words._version:
-        plans = {}
-        _PLANS[words] = (words._version, plans)
-    if key not in plans:
-        plans[key] = build()
-    return plans[key]
+# ---- live tiles ----
 
 
 def _live(words, weight_shape, groups, rows, columns):
@@ -230,6 +216,15 @@ def _input_lists(words, weight_shape, stride, padding, dilation, groups, BN, BK)
 def _weight_tiles(words, weight_shape, groups, BN, BK):
     live = _live(words, weight_shape, groups, BN, BK)
     return live.nonzero().to(torch.int32).contiguous()
+
+
+def _kept(plans, key, build):
+    """build(), or what it gave for this key before. `plans`: a dict that lives as long as the mask, or None."""
+    if plans is None:
+        return build()
+    if key not in plans:
+        plans[key] = build()
+    return plans[key]
 
 
 # ---- launches ----
@@ -293,7 +288,7 @@ def _gather(source, packed, lists, bias, target, groups, taps, stride, gradient,
     return target
 
 
-def forward(x, weight, words, bias, stride, padding, dilation, groups, *, premasked=False):
+def forward(x, weight, words, bias, stride, padding, dilation, groups, *, premasked=False, plans=None):
     """y `[N, out, H', W']` in channels_last from x `[N, C, H, W]`; pairs for stride, padding and dilation."""
     _check(x)
     (n, _, height, width), (out, _, kernel_h, kernel_w) = x.shape, weight.shape
@@ -303,37 +298,37 @@ def forward(x, weight, words, bias, stride, padding, dilation, groups, *, premas
     ]
     y = torch.empty(n, out, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     BN, BK = _block(out // groups), _block(weight.shape[1], _depth(x.dtype))
-    lists = _plan(
-        words,
-        ("forward", weight.shape, padding, dilation, groups, BN, BK),
+    lists = _kept(
+        plans,
+        ("triton forward", weight.shape, padding, dilation, groups, BN, BK),
         lambda: _forward_lists(words, weight.shape, padding, dilation, groups, BN, BK),
     )
     packed = _pack(weight, words, not premasked)
     return _gather(x, packed, lists, bias, y, groups, kernel_h * kernel_w, stride, False, BN, BK)
 
 
-def backward_input(grad, weight, words, input_shape, stride, padding, dilation, groups, *, premasked=False):
+def backward_input(grad, weight, words, input_shape, stride, padding, dilation, groups, *, premasked=False, plans=None):
     """dX `[N, C, H, W]` (`input_shape`) in channels_last from grad `[N, out, H', W']`."""
     _check(grad)
     out, channels, kernel_h, kernel_w = weight.shape
     dx = torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
     BN, BK = _block(channels), _block(out // groups, _depth(grad.dtype))
-    lists = _plan(
-        words,
-        ("input", weight.shape, stride, padding, dilation, groups, BN, BK),
+    lists = _kept(
+        plans,
+        ("triton input", weight.shape, stride, padding, dilation, groups, BN, BK),
         lambda: _input_lists(words, weight.shape, stride, padding, dilation, groups, BN, BK),
     )
     packed = _pack(weight, words, not premasked)
     return _gather(grad, packed, lists, None, dx, groups, kernel_h * kernel_w, stride, True, BN, BK)
 
 
-def backward_weight(grad, x, words, weight_shape, stride, padding, dilation, groups):
+def backward_weight(grad, x, words, weight_shape, stride, padding, dilation, groups, *, plans=None):
     """dW∘M, contiguous, of `weight_shape` from grad `[N, out, H', W']` and x `[N, C, H, W]`."""
     _check(x)
     out, channels, kernel_h, kernel_w = weight_shape = tuple(weight_shape)
     BM, BN, BK = _depth(x.dtype), _block(out // groups), _block(channels)
-    key = ("weight", weight_shape, groups, BN, BK)
-    tiles = _plan(words, key, lambda: _weight_tiles(words, weight_shape, groups, BN, BK))
+    key = ("triton weight", weight_shape, groups, BN, BK)
+    tiles = _kept(plans, key, lambda: _weight_tiles(words, weight_shape, groups, BN, BK))
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     if not tiles.shape[0] or not pixels:
         return torch.zeros(weight_shape, dtype=x.dtype, device=x.device)

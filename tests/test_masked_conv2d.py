@@ -5,8 +5,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sparselottery.ops import reference
+from sparselottery._ext import extension
+from sparselottery.ops import dispatch, reference
 from sparselottery.ops.masked_conv2d import masked_conv2d
 
 # batch, in, out, height, width, kernel, stride, padding, dilation, groups
@@ -21,6 +24,7 @@ CASES = {
     "padding above the kernel": (1, 2, 3, 4, 5, (2, 2), 3, 3, 1, 1),
     "one pixel": (4, 7, 3, 1, 1, (1, 1), 1, 0, 1, 1),
     "empty batch": (0, 3, 4, 6, 6, (3, 3), 1, 1, 1, 1),
+    "many images": (70, 3, 4, 5, 7, (3, 3), 1, 1, 1, 1),
     "seventeen images": (17, 3, 8, 6, 18, (3, 3), 1, 1, 1, 1),
 }
 
@@ -59,27 +63,181 @@ def assert_near(got, want, tolerance):
 
 
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+BACKENDS = ["dense", "reference", *(f"cpu {isa}" for isa in extension().cpu_isas())]
+SPARSE = BACKENDS[2:]
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_outputs(monkeypatch):
+    """Backends must write all of what new_empty gives them."""
+    new_empty = torch.Tensor.new_empty
+
+    def nan_filled(*args, **kwargs):
+        t = new_empty(*args, **kwargs)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", nan_filled)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """use("cpu avx2") forces that backend and instruction set."""
+
+    def use(backend):
+        name, _, isa = backend.partition(" ")
+        monkeypatch.setenv("SPARSELOTTERY_BACKEND", name)
+        extension().cpu_set_isa(isa or "auto")
+
+    yield use
+    extension().cpu_set_isa("auto")
+
+
+def run(tensors, arguments, grad=None, **options):
+    """(y, dX, dW, db) of the op."""
+    x, w, words, b = tensors
+    x, w, b = (t.detach().requires_grad_() for t in (x, w, b))
+    y = masked_conv2d(x, w, words, b, *arguments, **options)
+    return y.detach(), *torch.autograd.grad(y, (x, w, b), torch.ones_like(y) if grad is None else grad)
+
+
+def assert_parity(tensors, arguments, keep, tolerance=1e-5, **options):
+    shape = masked_conv2d(*tensors, *arguments).shape
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype)
+    results = run(tensors, arguments, grad, **options)
+    for got, wanted in zip(results, expected(tensors, arguments, grad), strict=True):
+        assert got.dtype == tensors[0].dtype
+        assert_near(got, wanted, tolerance)
+    assert (results[2][~keep] == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_matches_float64(case, backend, use):
+    use(backend)
+    assert_parity(*sample(case))
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("premasked", [False, True])
-def test_matches_float64(case, dtype, premasked):
+def test_dtypes(case, dtype, premasked, use):
+    use("dense")
     (x, w, words, b), arguments, keep = sample(case, dtype)
-    if premasked:
-        w = w * keep
-    x, w, b = (t.requires_grad_() for t in (x, w, b))
-    y = masked_conv2d(x, w, words, b, *arguments, premasked=premasked)
-    assert y.dtype == dtype
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    y.backward(grad)
-    want = expected([t.detach() for t in (x, w, words, b)], arguments, grad)
-    for got, wanted in zip((y.detach(), x.grad, w.grad, b.grad), want, strict=True):
-        assert_near(got, wanted, DTYPES[dtype])
-    assert (w.grad[~keep] == 0).all()
+    w = w * keep if premasked else w
+    assert_parity((x, w, words, b), arguments, keep, DTYPES[dtype], premasked=premasked)
 
 
-def test_dead_weights_never_count_even_when_not_finite():
+@pytest.mark.parametrize("backend", SPARSE)
+@pytest.mark.parametrize("survivors", ["none", "all", "one", "no filter 2", "no input channel 1", "one tap"])
+def test_special_masks(survivors, backend, use):
+    use(backend)
+    for case in ("3x3", "stride 2"):
+        (x, w, _, b), arguments, keep = sample(case, density=0.5)
+        keep = {
+            "none": torch.zeros_like(keep),
+            "all": torch.ones_like(keep),
+            "one": torch.zeros_like(keep).index_put_([torch.tensor([i]) for i in (3, 2, 1, 0)], torch.tensor(True)),
+            "no filter 2": keep.index_fill(0, torch.tensor(2), False),
+            "no input channel 1": keep.index_fill(1, torch.tensor(1), False),
+            "one tap": torch.zeros_like(keep).index_fill(2, torch.tensor(2), True),
+        }[survivors]
+        assert_parity((x, w, reference.bitmask_pack(keep), b), arguments, keep)
+
+
+@st.composite
+def convolutions(draw):
+    small = st.integers(1, 3)
+    kernel, stride, dilation = ((draw(small), draw(small)) for _ in range(3))
+    padding = (draw(st.integers(0, 4)), draw(st.integers(0, 4)))
+    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in (0, 1)]
+    height, width = (draw(st.integers(n, n + 18)) for n in least)
+    groups = draw(small)
+    inputs, outputs = (groups * draw(st.integers(1, 5)) for _ in range(2))
+    batch = draw(st.sampled_from([1, 2, 3, 33, 70]))
+    density = draw(st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]))
+    return (batch, inputs, outputs, height, width, kernel, stride, padding, dilation, groups), density
+
+
+@pytest.mark.parametrize("backend", SPARSE)
+def test_any_convolution(backend, use):
+    use(backend)
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(convolutions())
+    def check(drawn):
+        case, density = drawn
+        assert_parity(*sample(case, density=density))
+
+    check()
+
+
+@pytest.mark.parametrize("case", ["seventeen images", "many images", "stride 2"])
+def test_bit_equal_for_any_number_of_threads(case, use):
+    use("cpu")
+    tensors, arguments, _ = sample(case)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3, 7):
+            torch.set_num_threads(n)
+            results.append(run(tensors, arguments, torch.ones_like(masked_conv2d(*tensors, *arguments)) * 0.3))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_choice_is_measured_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSELOTTERY_CACHE", str(tmp_path))
+    monkeypatch.delenv("SPARSELOTTERY_BACKEND", raising=False)
+    dispatch.clear()
+    tensors, arguments, keep = sample((4, 16, 16, 12, 12, (3, 3), 1, 1, 1, 1), density=0.05)
+    assert_parity(tensors, arguments, keep)
+    rows = [row for row in dispatch.table() if row["op"] == "masked_conv2d"]
+    assert {row["direction"] for row in rows} == {"forward", "backward"}
+    for row in rows:
+        assert set(row["us"]) == {"dense", "cpu"} and row["backend"] in row["us"]
+    measured = len(rows)
+    assert_parity(tensors, arguments, keep)
+    assert len([row for row in dispatch.table() if row["op"] == "masked_conv2d"]) == measured
+    dispatch.clear()
+
+
+def test_without_a_stopwatch_the_rule_decides(monkeypatch):
+    for density, backend in ((0.05, "cpu"), (0.5, "dense")):
+        tensors, arguments, _ = sample((4, 16, 16, 12, 12, (3, 3), 1, 1, 1, 1), density=density)
+        monkeypatch.setenv("SPARSELOTTERY_BACKEND", backend)
+        want = run(tensors, arguments)
+        monkeypatch.delenv("SPARSELOTTERY_BACKEND")
+        with dispatch.reproducible():
+            got = run(tensors, arguments)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_backend_that_cannot_is_refused(use):
+    use("cpu")
+    tensors, arguments, _ = sample("3x3", torch.float64)
+    with pytest.raises(ValueError, match=r"SPARSELOTTERY_BACKEND=cpu: masked_conv2d .* can run on: dense, reference"):
+        masked_conv2d(*tensors, *arguments)
+
+
+def test_a_mask_changed_in_place_is_noticed(use):
+    use("cpu")
+    (x, w, words, b), arguments, keep = sample("3x3")
+    assert_parity((x, w, words, b), arguments, keep)
+    changed = ~keep
+    words.copy_(reference.bitmask_pack(changed))
+    assert_parity((x, w, words, b), arguments, changed)
+    with torch.inference_mode():  # whose tensors do not count their changes
+        words = reference.bitmask_pack(keep)
+        for mask in (keep, changed):
+            words.copy_(reference.bitmask_pack(mask))
+            assert_near(masked_conv2d(x, w, words, b, *arguments), expected((x, w, words, b), arguments)[0], 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dead_weights_never_count_even_when_not_finite(backend, use):
+    use(backend)
     (x, w, words, b), arguments, keep = sample("3x3")
     want = masked_conv2d(x, w, words, b, *arguments)
     poisoned = torch.where(keep, w, float("nan")).requires_grad_()
@@ -90,13 +248,19 @@ def test_dead_weights_never_count_even_when_not_finite():
 
 
 @pytest.mark.parametrize("case", ["3x3", "groups", "pairs"])
-def test_gradcheck(case):
+def test_gradcheck(case, use):
+    use("dense")
     tensors, arguments, _ = sample(case, torch.float64)
     x, w, words, b = (t.requires_grad_() if t.is_floating_point() else t for t in tensors)
     assert torch.autograd.gradcheck(lambda x, w, b: masked_conv2d(x, w, words, b, *arguments), [x, w, b])
+    if case == "groups":
+        x, w, b = (t.detach()[..., :3, :3].requires_grad_() if t.ndim == 4 else t for t in (x[:1], w, b))
+        assert torch.autograd.gradgradcheck(lambda x, w, b: masked_conv2d(x, w, words, b, *arguments), [x, w, b])
 
 
-def test_only_the_gradients_asked_for():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_gradients_asked_for(backend, use):
+    use(backend)
     (x, w, words, b), arguments, _ = sample("3x3")
     for wanted in range(3):
         inputs = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((x, w, b))]
@@ -115,10 +279,12 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("backend", ["dense", "cpu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["x", "weight", "both"])
 @pytest.mark.parametrize("case", ["3x3", "stride 2", "seventeen images"])
-def test_layouts(layout, which, case):
+def test_layouts(layout, which, case, backend, use):
+    use(backend)
     (x, w, words, b), arguments, _ = sample(case)
     x = LAYOUTS[layout](x) if which != "weight" else x
     w = LAYOUTS[layout](w) if which != "x" else w
@@ -131,6 +297,7 @@ def test_layouts(layout, which, case):
         assert_near(got, wanted, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("kernel, dilation", [((3, 3), 1), ((2, 4), 1), ((4, 1), 3), ((2, 3), (1, 2))])
 def test_same_and_valid_padding(kernel, dilation):
     (x, w, words, b), _, keep = sample((2, 3, 4, 13, 12, kernel, 1, 0, 1, 1), torch.float64)
@@ -145,19 +312,8 @@ def test_unbatched():
     torch.testing.assert_close(got, F.conv2d(x[0], w * keep, b, *arguments))
 
 
-@pytest.mark.parametrize("density", [0.0, 1.0])
-def test_empty_and_full_masks(density):
-    tensors, arguments, _ = sample("3x3", density=density)
-    x, w, words, b = tensors
-    w = w.requires_grad_()
-    y = masked_conv2d(x, w, words, b, *arguments)
-    y.sum().backward()
-    want = expected([t.detach() for t in (x, w, words, b)], arguments)
-    assert_near(y.detach(), want[0], 1e-5)
-    assert_near(w.grad, want[2], 1e-5)
-
-
-def test_autocast_follows_conv2d():
+def test_autocast_follows_conv2d(use):
+    use("dense")
     (x, w, words, b), arguments, keep = sample("3x3")
     with torch.autocast("cpu", torch.bfloat16):
         w = (w * keep).requires_grad_()
@@ -173,7 +329,9 @@ def test_autocast_follows_conv2d():
 
 @pytest.mark.parametrize("case", ["3x3", "groups", "pairs", "empty batch"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_opcheck(case, memory_format):
+@pytest.mark.parametrize("backend", ["dense", "cpu"])
+def test_opcheck(case, memory_format, backend, use):
+    use(backend)
     (x, w, words, b), arguments, _ = sample(case)
     x = x.to(memory_format=memory_format)
     stride, padding, dilation = (pair(a) for a in arguments[:3])
@@ -185,7 +343,8 @@ def test_opcheck(case, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_compiles_without_a_graph_break(memory_format):
+def test_compiles_without_a_graph_break(memory_format, use):
+    use("cpu")
     (x, w, words, b), arguments, _ = sample("3x3")
     x, w = x.to(memory_format=memory_format), w.requires_grad_()
     f = torch.compile(lambda *t: masked_conv2d(*t, *arguments), fullgraph=True, backend="aot_eager")
@@ -195,6 +354,7 @@ def test_compiles_without_a_graph_break(memory_format):
     (compiled,) = torch.autograd.grad(y.sum(), w)
     (plain,) = torch.autograd.grad(eager.sum(), w)
     assert torch.equal(compiled, plain)
+    use("dense")
     with torch.autocast("cpu", torch.bfloat16):
         assert f(x, w, words, b).dtype == torch.bfloat16
 

