@@ -1,5 +1,5 @@
-// What every kernel of the extension shares. No torch headers anywhere below csrc/: functions take raw pointers and sizes,
-// so that one build serves every torch version.
+// What every kernel of the extension shares. No torch headers anywhere below csrc/: functions take raw pointers and
+// sizes, so that one build serves every torch version.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -12,10 +12,13 @@ enum class DType : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3
 
 inline int64_t item_size(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return 4;
-    case DType::kFloat64: return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat64:
+      return 8;
     case DType::kFloat16:
-    case DType::kBFloat16: return 2;
+    case DType::kBFloat16:
+      return 2;
   }
   throw std::invalid_argument("unknown dtype code");
 }

@@ -11,7 +11,7 @@
 namespace sl::cpu {
 namespace {
 
-constexpr int64_t kChunkWords = 64;            // what one thread takes at a time; the unit of the gather decision
+constexpr int64_t kChunkWords = 64;            // what one thread takes at a time
 constexpr int64_t kParallelElements = 131072;  // below, waking threads costs more than they save
 
 template <class Options>

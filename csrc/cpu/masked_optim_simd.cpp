@@ -10,15 +10,22 @@
 namespace sl::cpu::SL_ISA {
 namespace {
 
-// Vectors: a load leaves lanes whose bit is 0 at zero without touching their memory, a store leaves their memory alone.
+// Vectors of kLanes. Lanes whose bit is 0 are loaded as zero. kInside says that all lanes are memory of this row, dead
+// ones holding zero: a store may then write zeros there, otherwise it leaves memory whose bit is 0 alone.
 #if defined(SL_ISA_AVX512)
 struct F32 {
   using T = float;
   static constexpr int kLanes = 16;
   __m512 v;
   static F32 of(double x) { return {_mm512_set1_ps(static_cast<float>(x))}; }
-  static F32 load(const T* p, uint32_t bits) { return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p)}; }
-  void store(T* p, uint32_t bits) const { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(bits), v); }
+  template <bool kInside>
+  static F32 load(const T* p, uint32_t bits) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p)};
+  }
+  template <bool kInside>
+  void store(T* p, uint32_t bits) const {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(bits), v);
+  }
 };
 inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -32,8 +39,14 @@ struct F64 {
   static constexpr int kLanes = 8;
   __m512d v;
   static F64 of(double x) { return {_mm512_set1_pd(x)}; }
-  static F64 load(const T* p, uint32_t bits) { return {_mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), p)}; }
-  void store(T* p, uint32_t bits) const { _mm512_mask_storeu_pd(p, static_cast<__mmask8>(bits), v); }
+  template <bool kInside>
+  static F64 load(const T* p, uint32_t bits) {
+    return {_mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), p)};
+  }
+  template <bool kInside>
+  void store(T* p, uint32_t bits) const {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(bits), v);
+  }
 };
 inline F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
@@ -52,14 +65,17 @@ struct F32 {
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each), each);
   }
   static F32 of(double x) { return {_mm256_set1_ps(static_cast<float>(x))}; }
+  template <bool kInside>
   static F32 load(const T* p, uint32_t bits) {
-    return {bits == 0xff ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, lanes(bits))};
+    if (!kInside) return {_mm256_maskload_ps(p, lanes(bits))};
+    return {bits == 0xff ? _mm256_loadu_ps(p) : _mm256_and_ps(_mm256_loadu_ps(p), _mm256_castsi256_ps(lanes(bits)))};
   }
+  template <bool kInside>
   void store(T* p, uint32_t bits) const {
-    if (bits == 0xff)
-      _mm256_storeu_ps(p, v);
+    if (!kInside)
+      _mm256_maskstore_ps(p, lanes(bits), v);  // microcoded and slow on some CPUs
     else
-      _mm256_maskstore_ps(p, lanes(bits), v);
+      _mm256_storeu_ps(p, bits == 0xff ? v : _mm256_and_ps(v, _mm256_castsi256_ps(lanes(bits))));
   }
 };
 inline F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -78,14 +94,17 @@ struct F64 {
     return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), each), each);
   }
   static F64 of(double x) { return {_mm256_set1_pd(x)}; }
+  template <bool kInside>
   static F64 load(const T* p, uint32_t bits) {
-    return {bits == 0xf ? _mm256_loadu_pd(p) : _mm256_maskload_pd(p, lanes(bits))};
+    if (!kInside) return {_mm256_maskload_pd(p, lanes(bits))};
+    return {bits == 0xf ? _mm256_loadu_pd(p) : _mm256_and_pd(_mm256_loadu_pd(p), _mm256_castsi256_pd(lanes(bits)))};
   }
+  template <bool kInside>
   void store(T* p, uint32_t bits) const {
-    if (bits == 0xf)
-      _mm256_storeu_pd(p, v);
+    if (!kInside)
+      _mm256_maskstore_pd(p, lanes(bits), v);  // microcoded and slow on some CPUs
     else
-      _mm256_maskstore_pd(p, lanes(bits), v);
+      _mm256_storeu_pd(p, bits == 0xf ? v : _mm256_and_pd(v, _mm256_castsi256_pd(lanes(bits))));
   }
 };
 inline F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
@@ -102,7 +121,11 @@ struct Scalar {
   static constexpr int kLanes = 1;
   T v;
   static Scalar of(double x) { return {static_cast<T>(x)}; }
-  static Scalar load(const T* p, uint32_t bits) { return {bits ? *p : T(0)}; }
+  template <bool kInside>
+  static Scalar load(const T* p, uint32_t bits) {
+    return {bits ? *p : T(0)};
+  }
+  template <bool kInside>
   void store(T* p, uint32_t bits) const {
     if (bits) *p = v;
   }
@@ -142,16 +165,17 @@ struct Sgd {
     s[1] = static_cast<T*>(t.param);
     if (kMomentum) s[2] = static_cast<T*>(t.first);
   }
+  template <bool kInside>
   void at(T* const* s, int64_t i, uint32_t bits) const {
-    V w = V::load(s[1] + i, bits);
-    V g = V::load(s[0] + i, bits) * sign;
+    V w = V::template load<kInside>(s[1] + i, bits);
+    V g = V::template load<kInside>(s[0] + i, bits) * sign;
     if (decays) g = g + decay * w;  // not always: 0 * inf would be NaN
     if (kMomentum) {
-      const V b = first ? g : momentum * V::load(s[2] + i, bits) + blend * g;
-      b.store(s[2] + i, bits);
+      const V b = first ? g : momentum * V::template load<kInside>(s[2] + i, bits) + blend * g;
+      b.template store<kInside>(s[2] + i, bits);
       g = nesterov ? g + momentum * b : b;
     }
-    (w - rate * g).store(s[1] + i, bits);
+    (w - rate * g).template store<kInside>(s[1] + i, bits);
   }
 };
 
@@ -178,35 +202,28 @@ struct Adam {
     s[3] = static_cast<T*>(t.second);
     if (kMax) s[4] = static_cast<T*>(t.max_second);
   }
+  template <bool kInside>
   void at(T* const* s, int64_t i, uint32_t bits) const {
-    V w = V::load(s[1] + i, bits) * shrink;
-    V g = V::load(s[0] + i, bits) * sign;
+    V w = V::template load<kInside>(s[1] + i, bits) * shrink;
+    V g = V::template load<kInside>(s[0] + i, bits) * sign;
     if (decays) g = g + decay * w;
-    V m = V::load(s[2] + i, bits);
+    V m = V::template load<kInside>(s[2] + i, bits);
     m = m + one_minus_beta1 * (g - m);
-    V v = V::load(s[3] + i, bits);
+    V v = V::template load<kInside>(s[3] + i, bits);
     v = beta2 * v + one_minus_beta2 * (g * g);
-    m.store(s[2] + i, bits);
-    v.store(s[3] + i, bits);
+    m.template store<kInside>(s[2] + i, bits);
+    v.template store<kInside>(s[3] + i, bits);
     if (kMax) {
-      v = larger(V::load(s[4] + i, bits), v);
-      v.store(s[4] + i, bits);
+      v = larger(V::template load<kInside>(s[4] + i, bits), v);
+      v.template store<kInside>(s[4] + i, bits);
     }
-    (w - rate * (m / (root(v) * correction + eps))).store(s[1] + i, bits);
+    (w - rate * (m / (root(v) * correction + eps))).template store<kInside>(s[1] + i, bits);
   }
 };
 
 template <int kLanes>
 constexpr uint32_t all_lanes() {
   return (uint32_t(1) << kLanes) - 1;
-}
-
-// Elements [begin, end), all of them.
-template <class V, class Rule>
-void run(const Rule& rule, typename V::T* const* s, int64_t begin, int64_t end) {
-  int64_t i = begin;
-  for (; i + V::kLanes <= end; i += V::kLanes) rule.at(s, i, all_lanes<V::kLanes>());
-  if (i < end) rule.at(s, i, (uint32_t(1) << (end - i)) - 1);
 }
 
 // Walks the words [begin, end) of a tensor: f(word, offset of its first element, how many elements it covers).
@@ -225,56 +242,6 @@ void each_word(const OptimTensor& t, int64_t begin, int64_t end, const F& f) {
   }
 }
 
-constexpr int kBuffer = 256;  // gathered elements; five streams of them stay in the first-level cache
-
-// Appends the positions of a word's set bits.
-inline int append(uint32_t word, int32_t offset, int32_t* index, int n) {
-#if defined(SL_ISA_AVX512)
-  const __m512i low = _mm512_add_epi32(_mm512_set1_epi32(offset),
-                                       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  const uint32_t a = word & 0xffff, b = word >> 16;
-  // Compressed in registers and stored whole: a compressing store is microcoded on some CPUs.
-  _mm512_storeu_si512(index + n, _mm512_maskz_compress_epi32(static_cast<__mmask16>(a), low));
-  n += __builtin_popcount(a);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16));
-  _mm512_storeu_si512(index + n, _mm512_maskz_compress_epi32(static_cast<__mmask16>(b), high));
-  return n + __builtin_popcount(b);
-#else
-  for (; word; word &= word - 1) index[n++] = offset + __builtin_ctz(word);
-  return n;
-#endif
-}
-
-// Survivors gathered into buffers, advanced there and written back.
-template <class V, class Rule>
-struct Gatherer {
-  using T = typename V::T;
-  const Rule& rule;
-  T* base[Rule::kStreams];  // streams from the first element of the stretch on: positions then fit 32 bits
-  int n = 0;
-  int32_t index[kBuffer + 48];  // append writes up to 16 entries past the last one
-  T buffer[Rule::kStreams][kBuffer + 32];
-
-  explicit Gatherer(const Rule& r, T* const* s, int64_t origin) : rule(r) {
-    for (int k = 0; k < Rule::kStreams; k++) base[k] = s[k] + origin;
-  }
-  void flush() {
-    T* s[Rule::kStreams];
-    for (int k = 0; k < Rule::kStreams; k++) {
-      s[k] = buffer[k];
-      for (int i = 0; i < n; i++) buffer[k][i] = base[k][index[i]];
-    }
-    run<V>(rule, s, 0, n);
-    for (int k = 1; k < Rule::kStreams; k++)
-      for (int i = 0; i < n; i++) base[k][index[i]] = buffer[k][i];
-    n = 0;
-  }
-  void add(uint32_t word, int32_t offset) {
-    n = append(word, offset, index, n);
-    if (n >= kBuffer) flush();
-  }
-};
-
 template <class V, class Rule>
 void step(const OptimTensor& t, const Rule& rule, int64_t begin, int64_t end) {
   using T = typename V::T;
@@ -282,7 +249,10 @@ void step(const OptimTensor& t, const Rule& rule, int64_t begin, int64_t end) {
   T* s[Rule::kStreams] = {const_cast<T*>(static_cast<const T*>(t.grad))};
   Rule::streams(t, s);
   if (t.words == nullptr) {
-    run<V>(rule, s, begin * 32, end * 32 < t.columns ? end * 32 : t.columns);
+    const int64_t last = end * 32 < t.columns ? end * 32 : t.columns;
+    int64_t i = begin * 32;
+    for (; i + V::kLanes <= last; i += V::kLanes) rule.template at<true>(s, i, all_lanes<V::kLanes>());
+    if (i < last) rule.template at<false>(s, i, (uint32_t(1) << (last - i)) - 1);
     return;
   }
   if (!t.clean) {
@@ -292,22 +262,18 @@ void step(const OptimTensor& t, const Rule& rule, int64_t begin, int64_t end) {
           if (!(word >> j & 1)) s[k][offset + j] = 0;
     });
   }
-  int64_t live = 0;
-  for (int64_t q = begin; q < end; q++) live += __builtin_popcount(static_cast<uint32_t>(t.words[q]));
-  if (live == 0) return;
-  if (live * 4 < (end - begin) * 32) {
-    const int64_t per_row = (t.columns + 31) / 32;
-    const int64_t origin = begin / per_row * t.columns + begin % per_row * 32;
-    Gatherer<V, Rule> gatherer(rule, s, origin);
-    each_word(t, begin, end,
-              [&](uint32_t word, int64_t offset, int) { gatherer.add(word, static_cast<int32_t>(offset - origin)); });
-    gatherer.flush();
-    return;
-  }
-  each_word(t, begin, end, [&](uint32_t word, int64_t offset, int) {
+  each_word(t, begin, end, [&](uint32_t word, int64_t offset, int count) {
+    if (V::kLanes == 1) {
+      for (; word; word &= word - 1) rule.template at<true>(s, offset + __builtin_ctz(word), 1);
+      return;
+    }
     for (int j = 0; j < 32; j += V::kLanes) {
       const uint32_t bits = word >> j & all_lanes<V::kLanes>();
-      if (bits) rule.at(s, offset + j, bits);
+      if (!bits) continue;
+      if (j + V::kLanes <= count)
+        rule.template at<true>(s, offset + j, bits);
+      else
+        rule.template at<false>(s, offset + j, bits);
     }
   });
 }

@@ -12,8 +12,8 @@ class MaskedConv2d(MaskedWeight, nn.Conv2d):
     """y = conv2d(x, W∘M) + b: an `nn.Conv2d` whose weight is masked by bits and is exactly zero wherever the mask is.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as for
-            `nn.Conv2d`.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            for `nn.Conv2d`.
         mask: which weights are kept: a `Mask` or a bool tensor of the weight's shape; None keeps all.
 
     Shapes: x `[N, in_channels, H, W]` or `[in_channels, H, W]`. The gradient of `weight` is zero off the mask.

@@ -22,17 +22,18 @@ Exclude = str | type | Iterable[str | type]
 def sparsify(model: nn.Module, *, exclude: Exclude = ()) -> nn.Module:
     """Turn every `nn.Linear`, `nn.Conv2d` and transformers' `Conv1D` of a model into a masked layer, in place.
 
-    The modules stay the same objects and so do their Parameters: optimizers, hooks and references keep working, and `isinstance`
-    finds what it found. state_dict keys are unchanged plus "<name>.weight_mask". Layers that share a weight share its mask. The
-    masks keep everything until `prune` or `set_mask`.
+    The modules stay the same objects and so do their Parameters: optimizers, hooks and references keep working, and
+    `isinstance` finds what it found. state_dict keys are unchanged plus "<name>.weight_mask". Layers that share a
+    weight share its mask. The masks keep everything until `prune` or `set_mask`.
 
-    Left dense, see `left_dense`: a layer whose weight is also held by a module that cannot be masked (GPT-2's output layer is
-    its embedding: pruning one would silently prune the other), and, with a warning, a layer with a forward of its own or
-    whose weight is computed (parametrizations, weight_norm, torch.nn.utils.prune).
+    Left dense, see `left_dense`: a layer whose weight is also held by a module that cannot be masked (GPT-2's output
+    layer is its embedding: pruning one would silently prune the other), and, with a warning, a layer with a forward of
+    its own or whose weight is computed (parametrizations, weight_norm, torch.nn.utils.prune).
 
     Args:
         model: any module; a single layer too.
-        exclude: what stays as it is: names as in `named_modules()`, patterns (`"layers.*.out"`) or classes; all below them too.
+        exclude: what stays as it is: names as in `named_modules()`, patterns (`"layers.*.out"`) or classes; all below
+            them too.
 
     Returns:
         `model` itself.
@@ -52,6 +53,26 @@ def sparsify(model: nn.Module, *, exclude: Exclude = ()) -> nn.Module:
     return model
 
 
+def sparsify_named(model: nn.Module, names: Iterable[str]) -> None:
+    """Turn just these layers of a model into masked ones, in place; those that are already stay as they are.
+
+    Raises:
+        ValueError: a name that is no layer which can be masked; nothing has been changed then.
+    """
+    possible = {name: (module, reason) for name, module, reason in _candidates(model, ())}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    todo = []
+    for name in names:
+        if isinstance(modules.get(name), MaskedWeight):
+            continue
+        module, reason = possible.get(name, (None, "it is not a linear or convolutional layer of the model"))
+        if reason is not None:
+            raise ValueError(f"{name or 'the model'} cannot be masked: {reason.removeprefix('!')}")
+        todo.append(module)
+    for module in todo:
+        _to_masked(module)
+
+
 def left_dense(model: nn.Module, *, exclude: Exclude = ()) -> dict[str, str]:
     """The linear and convolutional layers that `sparsify` leaves dense: {name: reason}."""
     return {name: reason.removeprefix("!") for name, _, reason in _candidates(model, exclude) if reason is not None}
@@ -60,7 +81,8 @@ def left_dense(model: nn.Module, *, exclude: Exclude = ()) -> dict[str, str]:
 def densify(model: nn.Module) -> nn.Module:
     """Turn the masked layers of a model back into the plain layers they were, in place, with zeros where they were.
 
-    Parameters stay the same objects; the buffers "<name>.weight_mask" go. Nothing keeps the zeros from here on. Returns `model`.
+    Parameters stay the same objects; the buffers "<name>.weight_mask" go. Nothing keeps the zeros from here on. Returns
+    `model`.
 
     Raises:
         TypeError: `model` is not a module.
@@ -77,10 +99,12 @@ def densify(model: nn.Module) -> nn.Module:
 
 
 def from_torch_prune(model: nn.Module) -> nn.Module:
-    """Turn layers pruned by `torch.nn.utils.prune` (`weight_orig`, `weight_mask` and a hook) into masked layers, in place.
+    """Turn layers pruned by `torch.nn.utils.prune` (`weight_orig`, `weight_mask` and a hook) into masked layers, in
+    place.
 
-    `weight` is the Parameter that was `weight_orig`, times the mask, so that an optimizer that holds it goes on. A pruned bias
-    keeps its zeros for now but loses its mask, with a warning. Layers that were not pruned stay as they are. Returns `model`.
+    `weight` is the Parameter that was `weight_orig`, times the mask, so that an optimizer that holds it goes on. A
+    pruned bias keeps its zeros for now but loses its mask, with a warning. Layers that were not pruned stay as they
+    are. Returns `model`.
 
     Raises:
         TypeError: `model` is not a module.
@@ -159,7 +183,7 @@ def _check_module(model):
 
 
 def _candidates(model, exclude):
-    """(name, module, reason) of each plain layer that could be masked; reason None: it can. A "!" marks a surprising one."""
+    """(name, module, reason) of each plain layer that could be masked; reason None: it can, "!": it is a surprise."""
     _check_module(model)
     excluded = excluded_names(model, exclude)
     layers, holders = [], {}

@@ -2,17 +2,17 @@
 
 Who writes, and what restores zeros before anybody can compute with the result:
 
-- an optimizer of torch (momentum, weight decay, foreach, fused): a hook after `Optimizer.step`, for every optimizer of the
-  process. Optimizers that keep the zeros themselves say so with a class attribute `masks_weights = True`;
+- an optimizer of torch (momentum, weight decay, foreach, fused): a hook after `Optimizer.step`, for every optimizer of
+  the process. Optimizers that keep the zeros themselves say so with a class attribute `masks_weights = True`;
 - `load_state_dict`, `set_mask`, `reset_parameters`: the layer's own methods;
-- anything else in place (`nn.init`, `copy_` under no_grad, `weight = nn.Parameter(...)`, a broadcast): the layer remembers
-  the version of weight and mask, and looks before its next forward. A write through `weight.data` leaves no version; it is
-  noticed when the storage is another one, when one pruned weight (the first) is no longer zero, as after any write to the
-  whole tensor, and in any case after the next optimizer step, `train()`, `eval()` or `state_dict()`.
+- anything else in place (`nn.init`, `copy_` under no_grad, `weight = nn.Parameter(...)`, a broadcast): the layer
+  remembers the version of weight and mask, and looks before its next forward. A write through `weight.data` leaves no
+  version; it is noticed when the storage is another one, when one pruned weight (the first) is no longer zero, as after
+  any write to the whole tensor, and in any case after the next optimizer step, `train()`, `eval()` or `state_dict()`.
 
-So no forward pays for a multiply by the mask. While torch.compile or torch.export traces, none of this can be seen, and the
-op multiplies by the mask itself. The gradient of a masked layer is zero off the mask; where the weight is also used outside
-of masked layers, its gradient is the true one, and only the weight is kept at zero.
+So no forward pays for a multiply by the mask. While torch.compile or torch.export traces, none of this can be seen, and
+the op multiplies by the mask itself. The gradient of a masked layer is zero off the mask; where the weight is also used
+outside of masked layers, its gradient is the true one, and only the weight is kept at zero.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class MaskedWeight:
             else:  # assign=True brought the weight to another device
                 self._buffers["weight_mask"] = full
         elif tuple(words.shape) == bitmask.words_shape(weight.shape) and not words.is_meta:
-            words &= bitmask.full_words(weight.shape, True, words.device)  # padding bits are zero, whatever the file says
+            words &= bitmask.full_words(weight.shape, True, words.device)  # padding is 0, whatever the file says
         self._forget()
         self._restore()
 

@@ -45,7 +45,8 @@ class MaskedLinear(MaskedWeight, nn.Linear):
 class MaskedConv1D(MaskedWeight):
     """y = x (W∘M) + b with a weight `[in, out]`: put before transformers' `Conv1D` (GPT-2's projections) by `sparsify`.
 
-    The mask has the layout of the weight. The kernels want rows of outputs, so a transposed copy of the bits is kept too.
+    The mask has the layout of the weight. The kernels want rows of outputs, so a transposed copy of the bits is kept
+    too.
     """
 
     _transient = (*MaskedWeight._transient, "_transposed", "_transposed_of")

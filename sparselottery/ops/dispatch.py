@@ -18,13 +18,11 @@ import json
 import logging
 import math
 import os
-import platform
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -209,26 +207,14 @@ def fingerprint() -> dict[str, str]:
     """What a measurement depends on besides its key."""
     isa = _ext.extension().cpu_isa() if _ext.WHY_NOT is None else "none"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    try:
-        version = metadata.version("sparselottery")
-    except metadata.PackageNotFoundError:  # imported from a source tree that was never installed
-        version = "unknown"
-    return {"cpu": _cpu_model(), "isa": isa, "gpu": gpu, "torch": torch.__version__, "sparselottery": version}
-
-
-def _cpu_model():
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    version = _ext.package_version("sparselottery")  # None: imported from a source tree that was never installed
+    return {"cpu": _ext.cpu_model(), "isa": isa, "gpu": gpu, "torch": torch.__version__, "sparselottery": version}
 
 
 def cache_file() -> Path:
     """The JSON file of this machine's measurements."""
-    folder = os.environ.get("SPARSELOTTERY_CACHE") or "~/.cache/sparselottery"
     digest = hashlib.sha256(json.dumps(fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
-    return Path(folder).expanduser() / f"dispatch-{digest}.json"
+    return _ext.cache_dir() / f"dispatch-{digest}.json"
 
 
 def _load():

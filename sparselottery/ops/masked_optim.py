@@ -253,10 +253,19 @@ except (TypeError, AttributeError, RuntimeError):  # an older torch takes one te
 # ---- cpu: one call of the extension for all tensors of one dtype; also the fast path of sparselottery.optim ----
 
 
-class _Table:
-    """The integers that describe tensors to the extension, and the contiguous copies that stand in for strided ones."""
+_FIELDS = 10  # of sl::OptimTensor that travel as integers, see optim_tensors in csrc/bindings.cpp
+
+
+class CpuTable:
+    """What the extension reads about CPU tensors of one dtype, unchecked: addresses, sizes, flags.
+
+    Contiguous copies stand in for tensors that are not contiguous; `write_back` puts results where they belong.
+    Holds no reference to other tensors: the caller keeps them alive.
+    """
 
     def __init__(self, params, grads, states, words, clean, fresh):
+        self.code = _ext.DTYPE_CODES[params[0].dtype]
+        self.count = len(params)
         self.integers = []
         self.copies = []
         empty = [None] * len(params)
@@ -267,11 +276,11 @@ class _Table:
                 rows = w.size(0)
                 columns //= rows
             self.integers += (
-                self.address(p, True), self.address(g, False), self.address(a, True), self.address(b, True),
-                self.address(m, True), self.address(w, False), rows, columns, c, f,
+                self._address(p, True), self._address(g, False), self._address(a, True), self._address(b, True),
+                self._address(m, True), self._address(w, False), rows, columns, c, f,
             )  # fmt: skip
 
-    def address(self, tensor, written):
+    def _address(self, tensor, written):
         if tensor is None:
             return 0
         if not tensor.is_contiguous():
@@ -280,35 +289,47 @@ class _Table:
             tensor = copy
         return tensor.data_ptr()
 
+    def serves(self, grads) -> bool:
+        """Take other gradients of the same parameters. False where they, or anything else, need copies."""
+        if self.copies:
+            return False
+        for i, g in enumerate(grads):
+            if not g.is_contiguous():
+                return False
+            self.integers[_FIELDS * i + 1] = g.data_ptr()
+        return True
+
     def write_back(self):
         for original, copy in self.copies:
             if original is not None:
                 original.copy_(copy)
 
+    def sgd(self, *, lr, momentum, dampening, weight_decay, nesterov, maximize):
+        """One step; the arguments of `masked_sgd_`."""
+        numbers = [lr, 0.0] * self.count
+        _ext.extension().cpu_masked_optim_sgd(
+            self.integers, numbers, self.code, momentum, dampening, weight_decay, nesterov, maximize
+        )
+        self.write_back()
 
-def cpu_sgd(
-    params, grads, momentum_buffers, words, *,
-    lr, momentum, dampening, weight_decay, nesterov, maximize, first, clean,
-):  # fmt: skip
+    def adam(self, *, step, lr, beta1, beta2, eps, weight_decay, decoupled, maximize):
+        """One step; the arguments of `masked_adam_`, `step` a list."""
+        numbers = []
+        for n in step:
+            numbers += (lr / (1 - beta1**n), 1 / math.sqrt(1 - beta2**n))
+        decay, shrink = (0.0, 1 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
+        _ext.extension().cpu_masked_optim_adam(
+            self.integers, numbers, self.code, beta1, beta2, eps, decay, shrink, maximize
+        )
+        self.write_back()
+
+
+def cpu_sgd(params, grads, momentum_buffers, words, *, first, clean, **scalars):
     """masked_sgd_ for CPU tensors of one dtype, unchecked; `first` and `clean` are lists."""
-    table = _Table(params, grads, (momentum_buffers, None, None), words, clean, first)
-    code = _ext.DTYPE_CODES[params[0].dtype]
-    _ext.extension().cpu_masked_optim_sgd(
-        table.integers, [lr, 0.0] * len(params), code, momentum, dampening, weight_decay, nesterov, maximize
-    )
-    table.write_back()
+    CpuTable(params, grads, (momentum_buffers, None, None), words, clean, first).sgd(**scalars)
 
 
-def cpu_adam(
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, words, *,
-    step, lr, beta1, beta2, eps, weight_decay, decoupled, maximize, clean,
-):  # fmt: skip
+def cpu_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, words, *, clean, **scalars):
     """masked_adam_ for CPU tensors of one dtype, unchecked; `step` and `clean` are lists."""
-    table = _Table(params, grads, (exp_avgs, exp_avg_sqs, max_exp_avg_sqs), words, clean, [False] * len(params))
-    code = _ext.DTYPE_CODES[params[0].dtype]
-    numbers = []
-    for n in step:
-        numbers += (lr / (1 - beta1**n), 1 / math.sqrt(1 - beta2**n))
-    decay, shrink = (0.0, 1 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
-    _ext.extension().cpu_masked_optim_adam(table.integers, numbers, code, beta1, beta2, eps, decay, shrink, maximize)
-    table.write_back()
+    states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    CpuTable(params, grads, states, words, clean, [False] * len(params)).adam(**scalars)

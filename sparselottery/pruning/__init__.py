@@ -1,0 +1,6 @@
+"""Which weights survive: criteria (scores), structures (what is pruned at once), scope (who competes), and prune."""
+
+from ..nn.convert import masked_modules
+from .prune import LayerReport, PruneReport, prune
+
+__all__ = ["LayerReport", "PruneReport", "masked_modules", "prune"]

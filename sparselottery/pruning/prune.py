@@ -1,0 +1,197 @@
+"""prune: scores -> exactly the asked number of survivors -> masks."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..nn.convert import Exclude, excluded_names, masked_modules, sparsify
+from ..ops import bitmask
+from . import criteria, structures
+from .criteria import Criterion
+from .scope import Group, by_rate, groups, to_density
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a layer keeps: `kept` of `total` weights."""
+
+    kept: int
+    total: int
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.total if self.total else 1.0
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What survived: in all, and {layer name: LayerReport}. `threshold`: the smallest surviving score, None where there
+    is none for all layers together."""
+
+    kept: int
+    total: int
+    layers: dict[str, LayerReport]
+    threshold: float | None = None
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.total if self.total else 1.0
+
+    def __str__(self) -> str:
+        rows = [("layer", "kept", "of", "density")]
+        rows += [(name, str(r.kept), str(r.total), f"{r.density:.2%}") for name, r in self.layers.items()]
+        rows.append(("all", str(self.kept), str(self.total), f"{self.density:.2%}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        )
+
+
+def prune(
+    model: nn.Module,
+    *,
+    density: float | Mapping[str, float] | None = None,
+    sparsity: float | None = None,
+    rate: float | None = None,
+    scope: str = "global",
+    criterion: Criterion = "magnitude",
+    structure: str = "unstructured",
+    rates: Mapping[str, float] | None = None,
+    exclude: Exclude = (),
+    optimizer: Optimizer | None = None,
+    generator: torch.Generator | None = None,
+) -> PruneReport:
+    """Prune a model in place: masks change, pruned weights become 0 and never come back.
+
+    Plain layers are turned into masked ones first (`sparsify`). The weights that count are those of all masked layers
+    that are not excluded, pruned or not; biases, norms and embeddings never count.
+
+    How many survive is exact, and ties go to the lowest index in the order of the model's layers. Give one of:
+
+    - `density`: `round(density * total)` survive (ties of the rounding to even). A mapping {layer name: density} gives
+      single layers their own, each rounded by itself, and leaves the others alone.
+    - `sparsity`: the same as density = 1 - sparsity.
+    - `rate`: the fraction of the weights left now that goes, as in a round of iterative pruning: 0.2 three times gives
+      51.2 %.
+
+    Where the sum is rounded, layers get the floor of their share and the largest remainders one more.
+
+    Args:
+        scope: "global": the weights of all layers are ranked together. "layer": each layer is ranked by itself; every
+            layer gets the density asked for, or loses the rate.
+        criterion: "magnitude", "random", a callable `(name, layer) -> scores` or {name: scores}; see `criteria.scores`.
+        structure: "unstructured"; "block:RxC" and "channel" (an output of a layer, so exclude the last one) prune
+            groups of weights, of which a density or rate then speaks; "N:M" keeps N of every M and takes neither. See
+            `structures`.
+        rates: factors on the pruning rate of some layers: {"output": 0.5} prunes the last layer half as fast as the
+            others, {"conv": 0.5} every convolution. Keys: "output" (the last prunable layer of the model), "conv",
+            "linear" (all that are not conv), or a layer's name or pattern; a name beats "output", which beats "conv"
+            and "linear". 0 freezes. With `rate`, a layer loses rate * factor of its survivors: Frankle & Carbin's LeNet
+            is rate=0.2, scope="layer", rates={"output": 0.5}; their Conv-4 is rate=0.2, rates={"conv": 0.5, "output":
+            0.5}. With `density`, survivors are shared as after many small rounds at such rates. In global scope, layers
+            of equal factor are ranked together.
+        exclude: names, patterns or classes of modules that are neither pruned nor counted.
+        optimizer: its state (momentum and the like) and the gradients are zeroed at pruned weights too. Without it the
+            weights stay zero all the same, but state left over from before would act again if a weight were given back.
+        generator: for criterion "random"; None: torch's default one.
+
+    Returns:
+        What survived, in all and per layer.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; a density above the present one; NaN in a weight or a
+            score (the message names the layer). Nothing has been pruned then.
+    """
+    structure = structures.parse(structure)
+    given = [
+        name for name, value in (("density", density), ("sparsity", sparsity), ("rate", rate)) if value is not None
+    ]
+    if isinstance(structure, structures.NofM):
+        if given or rates is not None:
+            raise ValueError(
+                f"structure: {structure.n}:{structure.m} says how many survive; expected no {given or 'rates'}"
+            )
+    elif len(given) != 1:
+        raise ValueError(f"density, sparsity, rate: expected exactly one of them, got {', '.join(given) or 'none'}")
+    if isinstance(density, Mapping):
+        density = {name: _fraction(f"density[{name!r}]", value) for name, value in density.items()}
+    elif density is not None:
+        density = _fraction("density", density)
+    elif sparsity is not None:
+        density = 1 - _fraction("sparsity", sparsity)
+    elif rate is not None:
+        rate = _fraction("rate", rate)
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    sparsify(model, exclude=exclude)
+    excluded = excluded_names(model, exclude)
+    layers = {name: layer for name, layer in masked_modules(model) if name not in excluded}
+    if not layers:
+        raise ValueError("model: expected a linear or convolutional layer that is not excluded, found none")
+    if isinstance(density, dict):
+        unknown = [name for name in density if name not in layers]
+        if unknown:
+            raise ValueError(f"density: no prunable layer is called {', '.join(map(repr, unknown))}")
+        if rates is not None:
+            raise ValueError("rates: expected None with a density per layer")
+
+    before = {name: layer.mask for name, layer in layers.items()}
+    values, by = criteria.scores(criterion, layers, generator)
+    scores = dict(zip(layers, values, strict=True))
+    if isinstance(structure, structures.NofM):
+        after = {
+            name: structures.n_of_m(structure, layer, before[name], scores[name], by, name)
+            for name, layer in layers.items()
+        }
+        threshold = None
+    else:
+        selector = structures.Selector(structure, layers, before, scores, by)
+        after, threshold = selector.solve(_groups(selector, density, rate, scope, rates))
+
+    for name, mask in after.items():
+        layers[name].set_mask(mask)
+        gradient = layers[name].weight.grad
+        if gradient is not None and not gradient.is_sparse:
+            bitmask.apply_(gradient, layers[name].weight_mask)
+    if optimizer is not None:
+        _clear_state(optimizer, layers)
+    report = {name: LayerReport(layer.mask.count, layer.weight.numel()) for name, layer in layers.items()}
+    return PruneReport(sum(r.kept for r in report.values()), sum(r.total for r in report.values()), report, threshold)
+
+
+def _groups(selector, density, rate, scope, rates):
+    """The groups of layers that compete, each with the number of its survivors."""
+    totals, counts = selector.totals, selector.counts
+    if isinstance(density, dict):
+        found = [Group([name], 1.0, totals[name], counts[name]) for name in selector.layers if name in density]
+        for group in found:
+            to_density([group], density[group.names[0]], rated=False)
+        return found
+    found = groups(selector.layers, totals, counts, scope, rates)
+    if rate is None:
+        to_density(found, density, rated=rates is not None)
+    else:
+        by_rate(found, rate)
+    return found
+
+
+def _fraction(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number from 0 to 1, got {type(value).__name__}")
+    if not 0 <= value <= 1 or math.isnan(value):
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+    return float(value)
+
+
+def _clear_state(optimizer, layers):
+    for layer in layers.values():
+        for value in optimizer.state.get(layer.weight, {}).values():
+            if isinstance(value, torch.Tensor) and value.shape == layer.weight.shape and value.dtype in bitmask.FLOATS:
+                bitmask.apply_(value, layer.weight_mask)
