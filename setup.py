@@ -123,6 +123,7 @@ def quote(text):
 class Build(build):
     def run(self):
         find_cxx()  # before files are copied about, so that the reason is not buried
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # a module that has gone must not stay in the wheel
         super().run()
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -235,6 +236,11 @@ def test_bad_settings_are_named(tree, name, value):
 
 def test_wheel_works_outside_the_tree(tree):
     arguments = ("-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "-w", "wheels")
+    stale = (
+        tree / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "sparselottery" / "old.py"
+    )
+    stale.parent.mkdir(parents=True)
+    stale.write_text("# left by an earlier build\n")
     done = run(tree, *arguments, PIP_DISABLE_PIP_VERSION_CHECK=1)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tree / "wheels").glob("*.whl")
@@ -243,7 +249,8 @@ def test_wheel_works_outside_the_tree(tree):
         names = set(archive.namelist())
         archive.extractall(elsewhere)
     expected = {"sparselottery/ops/__init__.py", "sparselottery/kernels/__init__.py", "sparselottery/bench/__init__.py"}
-    assert expected <= names and not any("test_" in n or n.startswith(("kernels", "bench", "csrc")) for n in names)
+    assert expected <= names and "sparselottery/old.py" not in names
+    assert not any("test_" in n or n.startswith(("kernels", "bench", "csrc")) for n in names)
     script = "import sparselottery.kernels; from sparselottery import _C; print(_C.value, _C.__file__)"
     env = {**os.environ, "PYTHONPATH": str(elsewhere)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tree.parent, env=env, capture_output=True, text=True)
