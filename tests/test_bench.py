@@ -108,7 +108,7 @@ def test_registry_selects_by_op_device_and_length():
         registry.select(device="tpu")
 
 
-SMALL = [c for c in registry.small_cases() if c.op != "step"]
+SMALL = registry.small_cases()
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: f"{c.op} {c.name}")
