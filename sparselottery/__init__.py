@@ -5,17 +5,25 @@ from .masks import Mask
 from .nn import MaskedConv2d, MaskedLinear, densify, from_torch_prune, sparsify
 from .ops.global_topk import global_topk
 from .pruning import prune
+from .tickets.imp import imp
+from .tickets.one_shot import one_shot
 from .tickets.ticket import Ticket, TicketError
+from .training.history import History
+from .training.trainer import Trainer
 
 __all__ = [
+    "History",
     "Mask",
     "MaskedConv2d",
     "MaskedLinear",
     "Ticket",
     "TicketError",
+    "Trainer",
     "densify",
     "from_torch_prune",
     "global_topk",
+    "imp",
+    "one_shot",
     "optim",
     "prune",
     "sparsify",

@@ -41,7 +41,20 @@ def test_digits_are_split_the_same_way_everywhere():
     assert digits.train[0].dtype == torch.float32 and digits.train[1].dtype == torch.int64
     assert digits.train[0].min() == 0 and digits.train[0].max() == 1
     assert digits.test[1].bincount().tolist() == [54, 55, 53, 55, 54, 55, 54, 54, 52, 54]
-    assert digits.test[1][:12].tolist() == [3, 5, 7, 3, 6, 9, 2, 6, 5, 0, 8, 7]  # frozen: results elsewhere depend on it
+    assert digits.test[1][:12].tolist() == [
+        3,
+        5,
+        7,
+        3,
+        6,
+        9,
+        2,
+        6,
+        5,
+        0,
+        8,
+        7,
+    ]  # frozen: results elsewhere depend on it
     together = torch.cat([digits.train[0], digits.test[0]]).flatten(1)
     assert len(together.unique(dim=0)) == 1797  # nothing is in both
 
@@ -90,7 +103,11 @@ def flip(content):
         ("t10k-images-idx3-ubyte", lambda c: c + b"\0", "expected 2368 bytes for 3 entries"),
         ("t10k-images-idx3-ubyte", lambda c: b"\0\0\x08\x01" + c[4:], "beginning with 0x00000803"),
         ("t10k-images-idx3-ubyte", lambda _: b"", "beginning with 0x00000803"),
-        ("t10k-labels-idx1-ubyte", lambda _: idx(np.arange(4)), "expected 3 labels as t10k-images-idx3-ubyte has images, got 4"),
+        (
+            "t10k-labels-idx1-ubyte",
+            lambda _: idx(np.arange(4)),
+            "expected 3 labels as t10k-images-idx3-ubyte has images, got 4",
+        ),
         ("t10k-labels-idx1-ubyte", lambda _: idx(np.array([1, 2, 77])), "expected labels 0 to 9, got 77"),
     ],
 )
@@ -113,7 +130,9 @@ def test_missing_idx_file_is_named(mnist):
 
 
 def test_unknown_data_set():
-    with pytest.raises(ValueError, match="data: expected one of digits, mnist, fashion-mnist, cifar-10, got 'imagenet'"):
+    with pytest.raises(
+        ValueError, match="data: expected one of digits, mnist, fashion-mnist, cifar-10, got 'imagenet'"
+    ):
         data.load("imagenet")
 
 
@@ -167,7 +186,7 @@ def test_the_real_files():
         return
     read = 0
     for name, (count, classes) in REAL.items():
-        if (os.path.isdir(os.path.join(root, data._FOLDERS[name]))):
+        if os.path.isdir(os.path.join(root, data._FOLDERS[name])):
             loaded = data.load(name, root)
             assert len(loaded.train[1]) == count and len(loaded.test[1]) == 10_000
             assert loaded.train[1].bincount().tolist() == classes

@@ -39,7 +39,9 @@ def test_at():
 
 def test_json_round_trip():
     history = History([r for r in RECORDS if r.iteration != 300])
-    assert History.from_json(json.loads(json.dumps(history.to_json()))) == history
+    assert History.from_json(json.loads(json.dumps(history.to_json(), allow_nan=False))) == history
+    diverged = json.loads(json.dumps(History(RECORDS).to_json(), allow_nan=False))
+    assert History.from_json(diverged).records[2] == Record(300, 0.5, None, 0.90, 0.95)
     with pytest.raises(ValueError, match="value: expected"):
         History.from_json({"metrics": []})
 
@@ -54,7 +56,9 @@ def test_what_a_fit_may_return():
     assert History.of({"test_accuracy": 1, "snapshot": weights}).snapshot is weights
 
 
-@pytest.mark.parametrize("value", [None, 0.97, [0.97], {"accuracy": 0.97}, {"test_accuracy": "good"}, {"records": [{"loss": 1}]}])
+@pytest.mark.parametrize(
+    "value", [None, 0.97, [0.97], {"accuracy": 0.97}, {"test_accuracy": "good"}, {"records": [{"loss": 1}]}]
+)
 def test_anything_else_is_refused_by_the_name_of_the_fit(value):
     with pytest.raises(TypeError, match="my_fit: "):
         History.of(value, "my_fit")

@@ -42,7 +42,9 @@ def test_weights_are_gaussian_glorot():
     layer = models.make("lenet-300-100", (1, 28, 28), 10).fc1
     deviation = math.sqrt(2 / (784 + 300))
     assert layer.weight.std().item() == pytest.approx(deviation, rel=0.01)
-    assert (layer.weight.abs() > 2 * deviation).float().mean().item() == pytest.approx(0.0455, abs=0.003)  # a normal's tails
+    assert (layer.weight.abs() > 2 * deviation).float().mean().item() == pytest.approx(
+        0.0455, abs=0.003
+    )  # a normal's tails
     assert not layer.bias.any()
 
 

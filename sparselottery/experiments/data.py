@@ -52,7 +52,9 @@ class Dataset:
         """
         x, y = self.train
         if not 0 <= validation < len(y):
-            raise ValueError(f"validation: expected 0 to {len(y) - 1} of {self.name}'s {len(y)} examples, got {validation}")
+            raise ValueError(
+                f"validation: expected 0 to {len(y) - 1} of {self.name}'s {len(y)} examples, got {validation}"
+            )
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
         held, kept = order[:validation].sort().values, order[validation:].sort().values
         return (x[kept], y[kept]), (x[held], y[held])
@@ -103,7 +105,9 @@ def _idx_pair(folder: Path, stem: str) -> tuple[Tensor, Tensor]:
     images, images_path = _idx(folder / f"{stem}-images-idx3-ubyte", IDX_IMAGES)
     labels, labels_path = _idx(folder / f"{stem}-labels-idx1-ubyte", IDX_LABELS)
     if len(images) != len(labels):
-        raise ValueError(f"{labels_path}: expected {len(images)} labels as {images_path.name} has images, got {len(labels)}")
+        raise ValueError(
+            f"{labels_path}: expected {len(images)} labels as {images_path.name} has images, got {len(labels)}"
+        )
     if len(labels) and labels.max() > 9:
         raise ValueError(f"{labels_path}: expected labels 0 to 9, got {labels.max()}")
     return torch.from_numpy(images).float().div_(255).unsqueeze(1), torch.from_numpy(labels).long()
@@ -121,11 +125,15 @@ def _idx(path: Path, magic: int) -> tuple[np.ndarray, Path]:
     dimensions = magic & 0xFF
     header = 4 * (1 + dimensions)
     if len(content) < header or struct.unpack_from(">I", content)[0] != magic:
-        raise ValueError(f"{found}: expected an IDX file beginning with 0x{magic:08x}, got 0x{content[:4].hex() or '0'}")
+        raise ValueError(
+            f"{found}: expected an IDX file beginning with 0x{magic:08x}, got 0x{content[:4].hex() or '0'}"
+        )
     shape = struct.unpack_from(f">{dimensions}I", content, 4)
     expected = header + int(np.prod(shape, dtype=np.int64))
     if len(content) != expected:
-        raise ValueError(f"{found}: expected {expected} bytes for {shape[0]} entries as its header says, got {len(content)}")
+        raise ValueError(
+            f"{found}: expected {expected} bytes for {shape[0]} entries as its header says, got {len(content)}"
+        )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy(), found
 
 
@@ -166,7 +174,9 @@ def _cifar_file(path: Path) -> tuple[Tensor, Tensor]:
 def _root(name, root) -> Path:
     root = os.environ.get(ROOT_VARIABLE) if root is None else root
     if not root:
-        raise ValueError(f"data root: expected a folder holding {_FOLDERS[name]}/ (--data-root, or {ROOT_VARIABLE}), got none")
+        raise ValueError(
+            f"data root: expected a folder holding {_FOLDERS[name]}/ (--data-root, or {ROOT_VARIABLE}), got none"
+        )
     folder = Path(root) / _FOLDERS[name]
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected the data root to hold {_FOLDERS[name]}/")

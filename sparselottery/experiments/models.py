@@ -89,7 +89,9 @@ def _conv(name, input_shape, classes, dropout) -> nn.Module:
             height, width = height // 2, width // 2
     if not height or not width:
         halvings = len(CONV_CHANNELS[name]) // 2
-        raise ValueError(f"input_shape: expected an image that {name} can halve {halvings} times, got {list(input_shape)}")
+        raise ValueError(
+            f"input_shape: expected an image that {name} can halve {halvings} times, got {list(input_shape)}"
+        )
     layers["flatten"] = nn.Flatten()
     features = channels * height * width
     for i, out in enumerate((256, 256, classes), 1):

@@ -85,7 +85,11 @@ class History:
         return until[-1]
 
     def to_json(self) -> dict:
-        return {"records": [asdict(r) for r in self.records]}
+        """{"records": [{"iteration": .., "train_loss": .., ...}, ...]}; JSON knows no NaN or infinity: they become null."""
+        finite = [
+            {k: None if v is None or not math.isfinite(v) else v for k, v in asdict(r).items()} for r in self.records
+        ]
+        return {"records": finite}
 
     @classmethod
     def from_json(cls, value: Mapping) -> "History":

@@ -1,0 +1,98 @@
+"""What an experiment is made of, as dataclasses: the command line, the run folder's name and its config.json come from them.
+
+Each field's metadata says what it means ("help") and, where it is a choice, of what ("choices").
+"""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+
+from ..tickets.controls import CONTROLS
+from .data import DATASETS
+from .models import MODELS
+
+
+def _of(default, help, choices=None):
+    return field(default=default, metadata={"help": help, **({"choices": tuple(choices)} if choices else {})})
+
+
+@dataclass(frozen=True)
+class Training:
+    """Data, network and optimizer. The defaults are those of the digits demo."""
+
+    data: str = _of("digits", "data set", DATASETS)
+    model: str = _of("lenet-300-100", "network", MODELS)
+    dropout: float = _of(0.0, "dropout before the fully connected layers of conv-2, conv-4 and conv-6")
+    optimizer: str = _of("adam", "optimizer", ("adam", "adamw", "sgd"))
+    lr: float = _of(1.2e-3, "learning rate")
+    momentum: float = _of(0.0, "momentum, for sgd")
+    weight_decay: float = _of(0.0, "weight decay")
+    batch_size: int = _of(60, "examples in a minibatch")
+    budget: str = _of("600it", "how long each network is trained: 600it, 20ep")
+    warmup: str = _of("0it", "linear warm-up of the learning rate")
+    milestones: tuple[str, ...] = _of((), "steps from which the learning rate is divided by ten")
+    validation: int = _of(200, "training examples held out for validation")
+    split_seed: int = _of(0, "which examples are held out")
+    evaluate_every: int = _of(20, "iterations between evaluations")
+    evaluate_test: str = _of(
+        "always", "test at every evaluation, or only where validation improved", ("always", "improved")
+    )
+
+
+@dataclass(frozen=True)
+class _Search(Training):
+    """What both drivers share."""
+
+    scope: str = _of("layer", "prune every layer by the rate, or rank all weights together", ("layer", "global"))
+    output_factor: float = _of(0.5, "factor on the rate in the output layer (0 with global scope: it is not pruned)")
+    conv_factor: float = _of(1.0, "factor on the rate in convolutions")
+    rewind: str = _of("init", "rewind to the initial values, or to a step such as 500it or 2ep")
+    controls: tuple[str, ...] = _of(("reinit", "random-mask"), "controls trained at every level", CONTROLS)
+    control_levels: tuple[int, ...] | None = _of(None, "levels at which controls are trained (all)")
+    repeats: int = _of(1, "how often each control is trained per seed")
+    seeds: int = _of(5, "trials")
+
+    def rates(self) -> dict[str, float]:
+        """As `sl.imp` takes them."""
+        if self.scope == "global":
+            return {} if self.output_factor else {"output": 0.0}
+        named = {"output": self.output_factor, "conv": self.conv_factor}
+        return {name: factor for name, factor in named.items() if name == "output" or self.model != "lenet-300-100"}
+
+
+@dataclass(frozen=True)
+class Imp(_Search):
+    """Iterative magnitude pruning."""
+
+    rounds: int = _of(15, "rounds of pruning; level 0 is the dense network")
+    rate: float = _of(0.2, "fraction of the remaining weights pruned in a round")
+
+
+@dataclass(frozen=True)
+class OneShot(_Search):
+    """One-shot pruning."""
+
+    densities: tuple[float, ...] = _of((0.5, 0.2, 0.1, 0.05), "fractions of the weights to keep")
+
+
+# The papers' protocols (Frankle & Carbin, figure 2 and appendices) beside the demo; `replace` what a scale changes.
+_LENET = Imp(
+    data="mnist", budget="50000it", validation=5000, evaluate_every=100, evaluate_test="improved", rounds=21, repeats=3,
+    controls=("reinit",),
+)  # fmt: skip
+_CONV = replace(_LENET, data="cifar-10", model="conv-2", lr=2e-4, budget="20000it", conv_factor=0.5)
+PRESETS = {
+    "digits": Imp(),
+    "lenet": _LENET,
+    "conv2": _CONV,
+    "conv4": replace(_CONV, model="conv-4", lr=3e-4, budget="25000it"),
+    "conv6": replace(_CONV, model="conv-6", lr=3e-4, budget="30000it", conv_factor=0.75),
+    "resnet": Imp(
+        data="cifar-10", model="resnet-20", optimizer="sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, batch_size=128,
+        budget="30000it", warmup="20000it", milestones=("20000it", "25000it"), validation=5000, evaluate_every=500,
+        evaluate_test="improved", scope="global", output_factor=0.0, controls=("reinit",), rounds=21,
+    ),
+}  # fmt: skip
+
+
+def changed(hparams) -> dict:
+    """The fields that differ from their defaults: what a run is named by, so that a field added later renames no run."""
+    return {f.name: asdict(hparams)[f.name] for f in fields(hparams) if getattr(hparams, f.name) != f.default}

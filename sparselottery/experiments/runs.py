@@ -1,0 +1,123 @@
+"""From hyperparameters to a finished run folder."""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from ..tickets.driver import cores
+from ..tickets.imp import imp
+from ..tickets.one_shot import one_shot
+from ..tickets.result import Result
+from ..training.history import History
+from ..training.trainer import Trainer
+from . import data, models
+from .hparams import Imp, OneShot, Training, changed
+
+
+class Fit:
+    """The training that hyperparameters describe. It pickles as these alone; data are read where it is first called."""
+
+    def __init__(self, hparams: Training, data_root: str | os.PathLike | None = None):
+        self.hparams, self.data_root = hparams, data_root
+
+    @functools.cached_property
+    def dataset(self) -> data.Dataset:
+        return data.load(self.hparams.data, self.data_root)
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        h = self.hparams
+        train, validation = self.dataset.split(h.validation, h.split_seed)
+        options = {"weight_decay": h.weight_decay} | ({"momentum": h.momentum} if h.optimizer == "sgd" else {})
+        if h.momentum and h.optimizer != "sgd":
+            raise ValueError(f"momentum: expected 0 for {h.optimizer}, which has betas, got {h.momentum}")
+        return Trainer(
+            train,
+            validation if h.validation else None,
+            self.dataset.test,
+            batch_size=h.batch_size,
+            optimizer=h.optimizer,
+            lr=h.lr,
+            optimizer_options=options,
+            budget=h.budget,
+            warmup=h.warmup,
+            milestones=h.milestones,
+            evaluate_every=h.evaluate_every,
+            evaluate_test=h.evaluate_test,
+        )
+
+    def __call__(self, model, *, seed, budget=None, snapshot_at=None, start_at=0) -> History:
+        return self.trainer(model, seed=seed, budget=budget, snapshot_at=snapshot_at, start_at=start_at)
+
+    def make_model(self) -> Callable:
+        """`make(seed=...) -> nn.Module`."""
+        h = self.hparams
+        return functools.partial(
+            models.make, h.model, self.dataset.input_shape, self.dataset.classes, dropout=h.dropout
+        )
+
+    def config(self) -> dict:
+        return self.trainer.config()
+
+    def __reduce__(self):
+        return Fit, (self.hparams, self.data_root)
+
+
+def name(driver: str, hparams: Training) -> str:
+    """The folder of a run: the driver and a hash of what differs from the defaults."""
+    text = json.dumps(changed(hparams), sort_keys=True)
+    return f"{driver}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def run_imp(
+    hparams: Imp,
+    out: str | os.PathLike = "runs",
+    *,
+    data_root: str | os.PathLike | None = None,
+    workers: int | None = None,
+    progress: Callable[[dict], None] | None = None,
+) -> Result:
+    """Iterative magnitude pruning as `hparams` say, in its folder under `out`; called again it goes on, or returns what is there.
+
+    Args:
+        workers: processes, one CPU thread each (the results do not depend on it); None is one per core.
+        progress: see `sl.imp`.
+    """
+    return _run(imp, "imp", hparams, out, data_root, workers, progress, rounds=hparams.rounds, rate=hparams.rate)
+
+
+def run_one_shot(
+    hparams: OneShot,
+    out: str | os.PathLike = "runs",
+    *,
+    data_root: str | os.PathLike | None = None,
+    workers: int | None = None,
+    progress: Callable[[dict], None] | None = None,
+) -> Result:
+    """One-shot pruning; the arguments are those of `run_imp`."""
+    return _run(one_shot, "one-shot", hparams, out, data_root, workers, progress, density=hparams.densities)
+
+
+def _run(driver, title, hparams, out, data_root, workers, progress, **schedule) -> Result:
+    fit = Fit(hparams, data_root)
+    return driver(
+        fit.make_model(),
+        fit,
+        **schedule,
+        rewind=hparams.rewind,
+        controls=hparams.controls,
+        control_levels=hparams.control_levels,
+        repeats=hparams.repeats,
+        seeds=hparams.seeds,
+        scope=hparams.scope,
+        rates=hparams.rates(),
+        out=Path(out) / name(title, hparams),
+        workers=cores() if workers is None else workers,
+        threads=1,
+        progress=progress,
+        config={"hparams": asdict(hparams)},
+    )

@@ -1,0 +1,364 @@
+"""What iterative and one-shot pruning share: jobs, their order, their results in a run folder."""
+
+import hashlib
+import inspect
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import _ext
+from ..nn.convert import masked_modules, sparsify
+from ..ops import dispatch
+from ..pruning import prune
+from ..training.history import History, parse_step
+from . import controls
+from .pool import Pool
+from .result import Result, summary
+from .store import Job, Store
+from .ticket import Ticket
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a job needs to know. It pickles if `make_model` and `fit` do.
+
+    Level i + 1 is what `prune(**steps[i])` leaves of the trained network of level `parents[i]`; `steps` fall in density.
+    `title` is the driver's.
+    """
+
+    title: str
+    make_model: Callable[..., nn.Module]
+    fit: Callable
+    seeds: tuple[int, ...]
+    steps: tuple[dict, ...]
+    parents: tuple[int, ...]
+    rewind: str | int = "init"
+    controls: tuple[str, ...] = controls.CONTROLS
+    control_levels: tuple[int, ...] = ()
+    repeats: int = 1
+    budget: int | str | None = None
+    exclude: tuple = ()
+    threads: int | None = None
+
+    def jobs(self) -> list[Job]:
+        """All of them, in the order of metrics.jsonl."""
+        jobs = []
+        for seed in self.seeds:
+            for level in range(len(self.steps) + 1):
+                jobs.append(Job(seed, level))
+                if level in self.control_levels:
+                    jobs += [Job(seed, level, kind, r) for kind in self.controls for r in range(self.repeats)]
+        return jobs
+
+    def needs(self, job: Job) -> Job | None:
+        """The job that must be done before this one."""
+        return Job(job.seed, self.parents[job.level - 1]) if job.level else None
+
+    def build(self, seed: int) -> nn.Module:
+        """A new model with masked layers, its values a function of `seed`.
+
+        Raises:
+            TypeError, ValueError: `make_model` returned no model, or one with nothing to prune.
+        """
+        with seeded(seed):
+            model = _call_make_model(self.make_model, seed)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"make_model: expected it to return a torch.nn.Module, got {type(model).__name__}")
+        return sparsify(model, exclude=self.exclude)
+
+    def config(self) -> dict:
+        """What decides the outcome, as far as it can be told of somebody's functions."""
+        fit = self.fit.config() if hasattr(self.fit, "config") else name_of(self.fit)
+        return {
+            "driver": self.title,
+            "steps": [{**step, "exclude": [str(e) for e in step["exclude"]]} for step in self.steps],
+            "make_model": name_of(self.make_model),
+            "fit": fit,
+            "seeds": list(self.seeds),
+            "rewind": self.rewind,
+            "controls": list(self.controls),
+            "control_levels": list(self.control_levels),
+            "repeats": self.repeats,
+            "budget": self.budget,
+        }
+
+
+def run(
+    plan: Plan, out, workers: int, progress: Callable[[dict], None] | None, config: Mapping | None = None
+) -> Result:
+    """Do every job of the plan that the run folder does not hold yet, and sum them up.
+
+    `config`: what config.json says besides. Without `out` the run lives in a temporary folder as long as its result.
+    """
+    progress = progress or (lambda event: None)
+    temporary = tempfile.TemporaryDirectory(prefix="sparselottery-") if out is None else None
+    store = Store(temporary.name if temporary else out)
+    jobs = plan.jobs()
+    with store.lock(lambda: progress({"event": "waiting", "run": str(store.folder)})):
+        store.claim({**plan.config(), **(config or {})}, _ext.env_report())
+        _check_initial(plan, store)
+        done = {job for job in jobs if store.job(job) is not None}
+        store.write_metrics(jobs)
+        progress({"event": "start", "run": str(store.folder), "done": len(done), "total": len(jobs)})
+        for job in _done(plan, store, [j for j in jobs if j not in done], done, workers):
+            store.append_metrics(job)
+            progress({"event": "job", "done": len(done), "total": len(jobs), **_event(store, job)})
+        store.write_metrics(jobs)
+        found = {**(store.read("result.json") or {}), **summary(store, jobs)}  # what was added to it later stays
+        store.write_result(found)
+    return Result(store.folder, found, temporary)
+
+
+def _done(plan: Plan, store: Store, todo: list[Job], done: set[Job], workers: int) -> Iterator[Job]:
+    """Run jobs as they become ready and yield each as it is finished; tickets first, since the others wait for them."""
+    todo = sorted(todo, key=lambda job: (job.kind != "ticket", job.level, job.seed, job.kind, job.repeat))
+
+    def ready() -> Job | None:
+        for job in todo:
+            if plan.needs(job) is None or plan.needs(job) in done:
+                todo.remove(job)
+                return job
+        return None
+
+    workers = min(workers, len(todo))
+    if workers <= 1:
+        with _threads(plan.threads):
+            while todo:
+                job = ready()
+                run_job(plan, store.folder, job)
+                done.add(job)
+                yield job
+        return
+    with Pool(workers, run_job, (plan, store.folder), plan.threads or 1) as pool:
+        while todo or pool.busy:
+            while pool.idle and (job := ready()) is not None:
+                pool.submit(job)
+            for job in pool.finished():
+                done.add(job)
+                yield job
+
+
+def run_job(plan: Plan, folder: Path, job: Job) -> None:
+    """One training, from the ticket it starts with to the tickets that come of it. The job's file is written last."""
+    store = Store(folder)
+    begin = time.perf_counter()
+    with dispatch.reproducible():
+        model = plan.build(job.seed)
+        rewinding = plan.rewind != "init"
+        if job.level == 0:
+            start = Ticket.of(model, model)
+            history = _fit(plan, model, job, snapshot_at=plan.rewind) if rewinding else _fit(plan, model, job)
+            rewound = _snapshot(plan, start, history) if rewinding else start
+            rewound.save(store.ticket(job.seed, 0))
+        else:
+            start = rewound = _start(plan, store, job)
+            start.apply(model)
+            history = _fit(plan, model, job, start_at=plan.rewind) if rewinding else _fit(plan, model, job)
+        if job.kind == "ticket":
+            for level in (i + 1 for i, parent in enumerate(plan.parents) if parent == job.level):
+                prune(model, **plan.steps[level - 1])
+                Ticket.of(model, rewound.initial).save(store.ticket(job.seed, level))
+    outcome = {
+        "density": start.density,
+        "kept": start.count,
+        "total": start.total,
+        "seconds": round(time.perf_counter() - begin, 3),
+        **({"initial": digest(start)} if job.level == 0 else {}),
+    }
+    store.finish(job, {**outcome, "history": history.to_json()})
+
+
+def _start(plan: Plan, store: Store, job: Job) -> Ticket:
+    """The ticket a job trains: the level's own, or a control of it."""
+    ticket = Ticket.load(store.ticket(job.seed, job.level))
+    if job.kind == "ticket":
+        return ticket
+    seed = controls.derived_seed(job.kind, job.seed, job.level, job.repeat)
+    if job.kind == "reinit":
+        fresh = plan.build(seed)
+        return controls.reinit(ticket, Ticket.of(fresh, fresh).initial)
+    initial = Ticket.load(store.ticket(job.seed, 0)).initial
+    if job.kind == "random-mask":
+        return controls.random_mask(ticket, initial, seed)
+    return controls.shuffle(ticket, initial, seed)
+
+
+def _fit(plan: Plan, model: nn.Module, job: Job, **steps) -> History:
+    with seeded(job.seed):
+        returned = plan.fit(model, seed=job.seed, budget=plan.budget, **steps)
+    return History.of(returned, name_of(plan.fit))
+
+
+def _snapshot(plan: Plan, start: Ticket, history: History) -> Ticket:
+    """What a dense training rewinds to."""
+    if not isinstance(history.snapshot, Mapping):
+        raise TypeError(
+            f"fit: {name_of(plan.fit)} took snapshot_at but returned no snapshot (the model's state_dict at that step)"
+        )
+    found = {key: history.snapshot[key] for key in start.initial if key in history.snapshot}
+    if len(found) < len(start.initial):
+        raise ValueError(f"fit: the snapshot of {name_of(plan.fit)} lacks {sorted(set(start.initial) - set(found))[0]}")
+    return Ticket(start.masks, {key: value.detach().to("cpu", copy=True) for key, value in found.items()})
+
+
+def _check_initial(plan: Plan, store: Store) -> None:
+    """A resumed run whose `make_model` has changed meanwhile would mix two networks."""
+    first = store.job(Job(plan.seeds[0], 0))
+    if first is not None:
+        model = plan.build(plan.seeds[0])
+        if first["initial"] != digest(Ticket.of(model, model)):
+            raise ValueError(
+                f"make_model: gives other initial weights than the run in {store.folder} began with; choose another folder"
+            )
+
+
+def digest(ticket: Ticket) -> str:
+    """SHA-256 of the weights a ticket starts from."""
+    found = hashlib.sha256()
+    for name, value in ticket.initial.items():
+        found.update(f"{name}{tuple(value.shape)}".encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _event(store: Store, job: Job) -> dict:
+    outcome = store.job(job)
+    history = History.from_json(outcome["history"])
+    names = ("seed", "level", "kind", "repeat", "density", "seconds")
+    return {
+        **{name: outcome[name] for name in names},
+        "early_stop_iteration": history.early_stop_iteration,
+        "test_accuracy": history.test_accuracy,
+    }
+
+
+# ---- what users hand in ----
+
+
+def _call_make_model(make_model, seed):
+    """`make_model(seed=...)`, `make_model(seed)` or `make_model()`, as its signature has it."""
+    try:
+        parameters = inspect.signature(make_model).parameters.values()
+    except ValueError:  # some built-in callables have no signature
+        return make_model()
+    if accepts(make_model, "seed"):
+        return make_model(seed=seed)
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) > 1:
+        raise TypeError(
+            f"make_model: expected to call it with a seed or nothing, but it needs {[p.name for p in required]}"
+        )
+    return make_model(seed) if required else make_model()
+
+
+def accepts(function: Callable, *names: str) -> bool:
+    """Whether it can be called with these keywords."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:
+        return False
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return True
+    return all(n in parameters and parameters[n].kind is not parameters[n].POSITIONAL_ONLY for n in names)
+
+
+def name_of(function) -> str:
+    if hasattr(function, "func"):  # functools.partial
+        return name_of(function.func)
+    module = getattr(function, "__module__", None)
+    return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def check(make_model, fit, seeds, rewind, names, repeats, workers, threads) -> tuple[int, ...]:
+    """The arguments both drivers take, checked. Returns the seeds as a tuple."""
+    for name, value in (("make_model", make_model), ("fit", fit)):
+        if not callable(value):
+            raise TypeError(f"{name}: expected a callable, got {type(value).__name__}")
+    if not accepts(fit, "seed", "budget"):
+        raise TypeError(f"fit: expected {name_of(fit)} to take (model, *, seed, budget)")
+    for name, value in (("repeats", repeats), ("workers", workers), ("threads", 1 if threads is None else threads)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    unknown = [n for n in names if n not in controls.CONTROLS]
+    if isinstance(names, str) or unknown:
+        raise ValueError(f"controls: expected any of {', '.join(controls.CONTROLS)}, got {names!r}")
+    if rewind != "init":
+        parse_step(rewind, steps_per_epoch=1, name="rewind")
+        if not accepts(fit, "snapshot_at", "start_at"):
+            raise TypeError(
+                f"rewind: {rewind!r} needs a fit that takes snapshot_at= and start_at= (sl.Trainer does), {name_of(fit)} does not"
+            )
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        if seeds < 1:
+            raise ValueError(f"seeds: expected at least 1, got {seeds}")
+        return tuple(range(seeds))
+    if not isinstance(seeds, Sequence) or not all(isinstance(s, int) and s >= 0 for s in seeds):
+        raise TypeError(f"seeds: expected how many, or a list of ints from 0 on, got {seeds!r}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds: expected at least one and each once, got {list(seeds)}")
+    return tuple(seeds)
+
+
+def check_control_levels(levels, count: int) -> tuple[int, ...]:
+    """Which of the levels 1..count get controls; None means all."""
+    if levels is None:
+        return tuple(range(1, count + 1))
+    if not all(isinstance(level, int) and 1 <= level <= count for level in levels):
+        raise ValueError(f"control_levels: expected levels from 1 to {count}, got {list(levels)}")
+    return tuple(sorted(set(levels)))
+
+
+def probe(make_model, seed, exclude) -> nn.Module:
+    """A model to try pruning on before anything is trained.
+
+    Raises:
+        ValueError: there is nothing to prune.
+    """
+    model = Plan("", make_model, print, (seed,), (), (), exclude=exclude).build(seed)
+    if not any(True for _ in masked_modules(model)):
+        raise ValueError("make_model: expected a model with Linear or Conv2d layers to prune, got none")
+    return model
+
+
+@contextmanager
+def seeded(seed: int):
+    """Every usual generator seeded inside (so that a fit that draws from one is repeatable), restored afterwards."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+@contextmanager
+def _threads(count: int | None):
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,68 @@
+"""One-shot pruning: train once, prune at once, rewind, train again (Frankle & Carbin, arXiv 1803.03635, section 2)."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from ..pruning import prune
+from . import controls as control_kinds
+from . import driver
+from .result import Result
+
+
+def one_shot(
+    make_model: Callable[..., nn.Module],
+    fit: Callable,
+    *,
+    density: float | Sequence[float],
+    rewind: str | int = "init",
+    controls: Sequence[str] = control_kinds.CONTROLS,
+    control_levels: Sequence[int] | None = None,
+    repeats: int = 1,
+    seeds: int | Sequence[int] = 5,
+    scope: str = "layer",
+    rates: Mapping[str, float] | None = None,
+    budget: int | str | None = None,
+    exclude: Sequence = (),
+    out: str | os.PathLike | None = None,
+    workers: int = 1,
+    threads: int | None = None,
+    progress: Callable[[dict], None] | None = None,
+    config: Mapping | None = None,
+) -> Result:
+    """Find lottery tickets in one step each: level 0 is the dense network, level i the ticket of the i-th density.
+
+    Args:
+        density: the fraction of the weights to keep, exactly; or several, falling, all pruned from the same dense network.
+            With factors in `rates` the layers share them as after many small rounds (see `sl.prune`).
+
+    The other arguments, the result and the errors are those of `sl.imp`.
+    """
+    chosen = driver.check(make_model, fit, seeds, rewind, controls, repeats, workers, threads)
+    densities = [density] if isinstance(density, int | float) else list(density)
+    if sorted(set(densities), reverse=True) != densities or not densities or not all(0 < d < 1 for d in densities):
+        raise ValueError(f"density: expected fractions between 0 and 1, falling, got {density!r}")
+    if rates is None:
+        rates = {"output": 0.5} if scope == "layer" else None
+    shared = {"scope": scope, "rates": rates and dict(rates), "exclude": tuple(exclude)}
+    steps = tuple({"density": d, **shared} for d in densities)
+    model = driver.probe(make_model, chosen[0], tuple(exclude))
+    for step in steps:
+        prune(model, **step)  # complains about scope, rates and the like before anything is trained
+    plan = driver.Plan(
+        title="one-shot",
+        make_model=make_model,
+        fit=fit,
+        seeds=chosen,
+        steps=steps,
+        parents=(0,) * len(steps),
+        rewind=rewind,
+        controls=tuple(controls),
+        control_levels=driver.check_control_levels(control_levels, len(steps)),
+        repeats=repeats,
+        budget=budget,
+        exclude=tuple(exclude),
+        threads=threads,
+    )
+    return driver.run(plan, out, workers, progress, config)

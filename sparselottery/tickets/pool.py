@@ -1,0 +1,106 @@
+"""A few worker processes that run jobs and die with the process that started them."""
+
+import multiprocessing
+import os
+import pickle
+import threading
+import traceback
+from collections.abc import Callable, Hashable
+from multiprocessing.connection import wait
+
+import torch
+
+
+class Pool:
+    """`workers` processes, each running `function(*shared, item)` on one CPU thread (or `threads`), one item at a time.
+
+    `shared` is sent once. The processes are spawned, so `function` and `shared` must pickle, and a script that uses a pool
+    needs the usual `if __name__ == "__main__":`.
+    """
+
+    def __init__(self, workers: int, function: Callable, shared: tuple, threads: int = 1):
+        try:
+            work = pickle.dumps((function, shared))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TypeError(
+                f"workers: more than 1 needs a make_model and a fit that pickle, such as functions of a module ({error})"
+            ) from None
+        context = multiprocessing.get_context("spawn")
+        self.idle, self.busy, self.processes = [], {}, []
+        try:
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, threads), daemon=True)
+                process.start()
+                theirs.close()  # so that the worker's death shows as the end of the pipe
+                self.processes.append(process)
+                self.idle.append(ours)
+            for connection in self.idle:  # once all are starting: it waits until the worker reads
+                connection.send_bytes(work)
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, item: Hashable) -> None:
+        """Give `item` to an idle worker; there must be one."""
+        connection = self.idle.pop()
+        connection.send(item)
+        self.busy[connection] = item
+
+    def finished(self) -> list[Hashable]:
+        """Wait until at least one item is done and return those.
+
+        Raises:
+            RuntimeError: a worker died, or its item raised; the message carries the worker's traceback.
+        """
+        done = []
+        for connection in wait(list(self.busy)):
+            item = self.busy.pop(connection)
+            try:
+                error = connection.recv()
+            except EOFError:
+                raise RuntimeError(
+                    f"a worker process died at {item}: out of memory, killed, or (if at once) a script without "
+                    'if __name__ == "__main__":'
+                ) from None
+            if error is not None:
+                raise RuntimeError(f"{item} failed in a worker process:\n{error}")
+            self.idle.append(connection)
+            done.append(item)
+        return done
+
+    def close(self) -> None:
+        """End the processes, in the middle of an item too."""
+        for connection in [*self.idle, *self.busy]:
+            connection.close()
+        for process in self.processes:
+            process.terminate()
+            process.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _work(connection, threads) -> None:
+    # A parent that is killed cannot end its workers: they watch it.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(threads)
+    function = None
+    try:
+        work = connection.recv_bytes()
+        while True:
+            item = connection.recv()
+            try:
+                if function is None:
+                    function, shared = pickle.loads(work)
+                function(*shared, item)
+            except Exception:
+                connection.send(traceback.format_exc())
+            else:
+                connection.send(None)
+    except (EOFError, BrokenPipeError):  # nobody is there any more
+        return

@@ -1,0 +1,286 @@
+"""The training loop that ships: data in memory as tensors, evaluation by iterations, bit-equal when it is run again."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import optim
+from ..ops import dispatch
+from .history import History, Record, parse_step
+
+OPTIMIZERS = {"sgd": optim.SGD, "adam": optim.Adam, "adamw": optim.AdamW}
+
+
+class Trainer:
+    """Trains a classifier: `trainer(model, seed=..., budget=...) -> History`.
+
+    The minibatch at iteration t is a function of (seed, t) alone, every epoch is a fresh permutation, and an incomplete
+    last batch is left out. The model is trained in place on the device it is on, and ends as the last iteration left it.
+    Random numbers drawn by the model (dropout) come from `seed` as well; the caller's generators stay as they were.
+
+    Args:
+        train, validation, test: pairs (x: [N, *], y: int64 [N]). Validation gives the early stop; without it there is none.
+        batch_size: examples in a minibatch.
+        optimizer: "adam", "adamw" or "sgd" (sl.optim: survivors only), or a callable `parameters -> torch.optim.Optimizer`
+            (`lr` and `optimizer_options` are then its own business).
+        lr: learning rate. optimizer_options: further keyword arguments, such as {"momentum": 0.9}.
+        budget: how long to train: iterations, "20ep", "15000it".
+        evaluate_every: iterations between evaluations; the last iteration is evaluated in any case.
+        warmup: iterations over which the rate rises linearly to `lr`.
+        milestones, gamma: the rate is multiplied by `gamma` from each of these steps on.
+        patience: stop for good after so many evaluations without a new minimum of validation loss; None trains to the end.
+        evaluate_test: "always", or "improved": only where validation loss is a new minimum, and at the end. The latter
+            saves most of the time that evaluation takes and leaves `test_accuracy` None elsewhere.
+        loss: `loss(output, y) -> scalar`, a mean over examples. evaluation_batch: examples in a forward pass of evaluation.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+    """
+
+    def __init__(
+        self,
+        train: tuple[Tensor, Tensor],
+        validation: tuple[Tensor, Tensor] | None = None,
+        test: tuple[Tensor, Tensor] | None = None,
+        *,
+        batch_size: int = 60,
+        optimizer: str | Callable = "adam",
+        lr: float = 1.2e-3,
+        optimizer_options: dict | None = None,
+        budget: int | str = 1000,
+        evaluate_every: int = 100,
+        warmup: int | str = 0,
+        milestones: Sequence[int | str] = (),
+        gamma: float = 0.1,
+        patience: int | None = None,
+        evaluate_test: str = "always",
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        evaluation_batch: int = 1000,
+    ):
+        self.data = {"train": _pair("train", train)}
+        for name, pair in (("validation", validation), ("test", test)):
+            if pair is not None:
+                self.data[name] = _pair(name, pair, like=self.data["train"][0])
+        for name, number in (
+            ("batch_size", batch_size),
+            ("evaluate_every", evaluate_every),
+            ("evaluation_batch", evaluation_batch),
+            ("patience", 1 if patience is None else patience),
+        ):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"{name}: expected an int, got {type(number).__name__}")
+            if number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
+        if len(self.data["train"][0]) == 0:
+            raise ValueError("train: expected at least one example, got none")
+        if not callable(optimizer) and optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer: expected one of {sorted(OPTIMIZERS)} or a callable, got {optimizer!r}")
+        if evaluate_test not in ("always", "improved"):
+            raise ValueError(f'evaluate_test: expected "always" or "improved", got {evaluate_test!r}')
+        if patience is not None and validation is None:
+            raise ValueError("patience: expected validation data to watch, got none")
+        self.batch_size = min(batch_size, len(self.data["train"][0]))
+        self.steps_per_epoch = len(self.data["train"][0]) // self.batch_size
+        self.optimizer, self.lr, self.optimizer_options = optimizer, lr, dict(optimizer_options or {})
+        self.budget = budget
+        self.iterations = self.steps(budget, "budget")
+        self.evaluate_every, self.evaluation_batch, self.evaluate_test = evaluate_every, evaluation_batch, evaluate_test
+        self.warmup = self.steps(warmup, "warmup")
+        self.milestones = sorted(self.steps(m, "milestones") for m in milestones)
+        self.gamma, self.patience, self.loss = gamma, patience, loss
+
+    def steps(self, step: int | str, name: str = "step") -> int:
+        """`"2ep"` and the like as iterations of this trainer."""
+        return parse_step(step, self.steps_per_epoch, name)
+
+    def config(self) -> dict:
+        """Everything that decides the outcome, as JSON; the data as a digest. Two trainers of one config train alike."""
+        digest = hashlib.sha256()
+        for name, (x, y) in self.data.items():
+            digest.update(f"{name}{tuple(x.shape)}".encode())
+            digest.update(x.contiguous().cpu().view(torch.uint8).numpy())
+            digest.update(y.contiguous().cpu().view(torch.uint8).numpy())
+        names = ("batch_size", "lr", "iterations", "evaluate_every", "warmup", "milestones", "gamma", "patience")
+        return {
+            "trainer": {name: getattr(self, name) for name in names},
+            "optimizer": self.optimizer if isinstance(self.optimizer, str) else _name(self.optimizer),
+            "optimizer_options": self.optimizer_options,
+            "loss": _name(self.loss),
+            "data": digest.hexdigest()[:16],
+        }
+
+    def rate(self, iteration: int) -> float:
+        """The factor on the learning rate at this iteration (the first is 0)."""
+        warm = min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
+        return warm * self.gamma ** sum(iteration >= m for m in self.milestones)
+
+    def batch(self, seed: int, iteration: int) -> Tensor:
+        """Indices into the training data of the minibatch at `iteration`: int64 [batch_size]."""
+        epoch, step = divmod(iteration, self.steps_per_epoch)
+        return self._order(seed, epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _order(self, seed: int, epoch: int) -> Tensor:
+        mixed = hashlib.sha256(f"batches {seed} {epoch}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
+        return torch.randperm(len(self.data["train"][0]), generator=generator)
+
+    def evaluate(self, model: nn.Module, part: str = "test") -> tuple[float, float]:
+        """Mean loss and accuracy on "train", "validation" or "test"; the model's mode is kept."""
+        if part not in self.data:
+            raise ValueError(f"part: expected one of {sorted(self.data)}, got {part!r}")
+        return self._evaluate(model, *_on(_device(model), self.data[part]))
+
+    def _evaluate(self, model, x, y) -> tuple[float, float]:
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            total = torch.zeros((), dtype=torch.float64, device=x.device)
+            right = torch.zeros((), dtype=torch.int64, device=x.device)
+            for xs, ys in zip(x.split(self.evaluation_batch), y.split(self.evaluation_batch), strict=True):
+                output = model(xs)
+                total += self.loss(output, ys).double() * len(ys)
+                right += (output.argmax(-1) == ys).sum()
+        model.train(training)
+        return total.item() / len(y), right.item() / len(y)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        seed: int = 0,
+        budget: int | str | None = None,
+        snapshot_at: int | str | None = None,
+        start_at: int | str = 0,
+    ) -> History:
+        """Train `model` in place.
+
+        Args:
+            seed: of the batch order and of dropout.
+            budget: until which iteration; None takes the trainer's own.
+            snapshot_at: keep a copy of the state_dict as it was after so many iterations, in `History.snapshot`.
+            start_at: the iteration to begin with: batches and learning rate go on as if the earlier ones had been run.
+
+        Raises:
+            ValueError: a step is malformed, or `snapshot_at` lies outside of what is trained.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+        end = self.iterations if budget is None else self.steps(budget, "budget")
+        start = self.steps(start_at, "start_at")
+        keep = None if snapshot_at is None else self.steps(snapshot_at, "snapshot_at")
+        if keep is not None and not start <= keep <= end:
+            raise ValueError(f"snapshot_at: expected a step from {start} to {end}, got {snapshot_at!r}")
+        device = _device(model)
+        with _random_numbers(seed, device), dispatch.reproducible():
+            return self._train(model, seed, start, end, keep, {n: _on(device, p) for n, p in self.data.items()})
+
+    fit = __call__
+
+    def _train(self, model, seed, start, end, keep, data) -> History:
+        history = History(snapshot=_copy(model) if keep == start else None)
+        optimizer = self._make_optimizer(model)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        scheduled = bool(self.warmup or self.milestones)
+        x, y = data["train"]
+        order = None
+        total = torch.zeros((), device=x.device)  # summed on the device: a .item() per step would wait for it each time
+        since, best, waited = 0, float("inf"), 0
+        model.train()
+        for iteration in range(start, end):
+            epoch, step = divmod(iteration, self.steps_per_epoch)
+            if order is None or step == 0:
+                order = self._order(seed, epoch).to(x.device)
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            if scheduled:
+                factor = self.rate(iteration)
+                for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = lr * factor
+            loss = self.loss(model(x[chosen]), y[chosen])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+            since += 1
+            done = iteration + 1
+            if done == keep:
+                history.snapshot = _copy(model)
+            if done % self.evaluate_every == 0 or done == end:
+                record, improved = self._record(model, data, done, total.item() / since, best, last=done == end)
+                history.records.append(record)
+                total.zero_()
+                since = 0
+                if improved:
+                    best, waited = record.validation_loss, 0
+                else:
+                    waited += 1
+                if self.patience is not None and waited >= self.patience:
+                    break
+        if not history.records:  # nothing to train: what is there is still measured
+            history.records.append(self._record(model, data, end, None, best, last=True)[0])
+        return history
+
+    def _record(self, model, data, iteration, train_loss, best, last) -> tuple[Record, bool]:
+        loss = accuracy = test = None
+        improved = False
+        if "validation" in data:
+            loss, accuracy = self._evaluate(model, *data["validation"])
+            improved = loss < best
+        if "test" in data and (last or improved or self.evaluate_test == "always"):
+            test = self._evaluate(model, *data["test"])[1]
+        return Record(iteration, train_loss, loss, accuracy, test), improved
+
+    def _make_optimizer(self, model) -> torch.optim.Optimizer:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if isinstance(self.optimizer, str):
+            return OPTIMIZERS[self.optimizer](parameters, lr=self.lr, **self.optimizer_options)
+        made = self.optimizer(parameters)
+        if not hasattr(made, "param_groups"):
+            raise TypeError(f"optimizer: expected it to return a torch optimizer, got {type(made).__name__}")
+        return made
+
+
+def _pair(name, pair, like=None) -> tuple[Tensor, Tensor]:
+    """(x, y) checked: as many labels as examples; `like`: examples of the same shape."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
+        raise TypeError(f"{name}: expected a pair of tensors (x, y), got {type(pair).__name__}")
+    x, y = pair
+    if x.ndim < 1 or y.shape != x.shape[:1]:
+        raise ValueError(f"{name}: expected x [N, *] and y [N], got {list(x.shape)} and {list(y.shape)}")
+    if y.dtype != torch.int64:
+        raise TypeError(f"{name}: expected labels of dtype torch.int64, got {y.dtype}")
+    if like is not None and x.shape[1:] != like.shape[1:]:
+        raise ValueError(
+            f"{name}: expected examples of shape {list(like.shape[1:])} as in train, got {list(x.shape[1:])}"
+        )
+    return x, y
+
+
+def _device(model) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _on(device, pair):
+    return pair[0].to(device), pair[1].to(device)
+
+
+def _copy(model) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _name(function) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+@contextmanager
+def _random_numbers(seed, device):
+    """Torch's generators seeded inside, restored afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
