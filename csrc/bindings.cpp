@@ -6,10 +6,14 @@
 #include <array>
 #include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
+#include "bitmask.h"
 #include "common.h"
 #include "cpu/isa.h"
+#include "global_topk.h"
 #include "masked_conv2d.h"
 #include "masked_optim.h"
 
@@ -20,6 +24,18 @@ namespace {
 template <class T>
 T* as(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// global_topk: data, dtype, sizes, strides, eligible words (0: all), words. The tensors point into the arguments.
+using TopkArguments = std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>, uintptr_t, uintptr_t>;
+
+std::vector<sl::TopkTensor> topk_tensors(const std::vector<TopkArguments>& arguments) {
+  std::vector<sl::TopkTensor> tensors;
+  for (const auto& [data, dtype, sizes, strides, eligible, words] : arguments) {
+    tensors.push_back({as<const void>(data), static_cast<sl::DType>(dtype), static_cast<int64_t>(sizes.size()),
+                       sizes.data(), strides.data(), as<const uint32_t>(eligible), as<uint32_t>(words)});
+  }
+  return tensors;
 }
 
 // masked_conv2d: an address and four strides.
@@ -51,6 +67,42 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_archs") = py::none();
 #endif
+
+  // bitmask
+  m.def("cpu_bitmask_pack", [](uintptr_t dense, int64_t rows, int64_t columns, uintptr_t words) {
+    py::gil_scoped_release release;
+    sl::cpu::bitmask_pack(as<const uint8_t>(dense), rows, columns, as<uint32_t>(words));
+  });
+  m.def("cpu_bitmask_unpack", [](uintptr_t words, int64_t rows, int64_t columns, uintptr_t dense) {
+    py::gil_scoped_release release;
+    sl::cpu::bitmask_unpack(as<const uint32_t>(words), rows, columns, as<uint8_t>(dense));
+  });
+  m.def("cpu_bitmask_count", [](uintptr_t words, int64_t count) {
+    int64_t total;
+    py::gil_scoped_release release;
+    sl::cpu::bitmask_count(as<const uint32_t>(words), count, &total);
+    return total;
+  });
+  m.def("cpu_bitmask_hamming", [](uintptr_t a, uintptr_t b, int64_t count) {
+    int64_t total;
+    py::gil_scoped_release release;
+    sl::cpu::bitmask_hamming(as<const uint32_t>(a), as<const uint32_t>(b), count, &total);
+    return total;
+  });
+  m.def("cpu_bitmask_apply", [](uintptr_t weights, int64_t item_size, uintptr_t words,
+                                const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+    py::gil_scoped_release release;
+    sl::cpu::bitmask_apply(as<void>(weights), item_size, as<const uint32_t>(words), sizes.size(), sizes.data(),
+                           strides.data());
+  });
+
+  // global_topk
+  m.def("cpu_global_topk", [](const std::vector<TopkArguments>& arguments, int64_t keep, bool by_value) {
+    const auto tensors = topk_tensors(arguments);
+    py::gil_scoped_release release;
+    const sl::TopkResult result = sl::cpu::global_topk(tensors.data(), tensors.size(), keep, by_value);
+    return std::make_pair(result.nan_tensor, result.threshold);
+  });
 
   // isa
   m.def("cpu_isa", [] { return sl::cpu::isa_name(sl::cpu::isa()); });

@@ -6,6 +6,7 @@ Words are int32 `[rows, ceil(columns / 32)]` (see `reference`). Backends: refere
 import torch
 from torch import Tensor
 
+from .._ext import extension
 from . import reference
 from .library import LIBRARY
 from .reference import rows_columns, words_shape
@@ -78,6 +79,8 @@ def apply_(tensor: Tensor, words: Tensor) -> Tensor:
     check_words(words, tensor.shape)
     if words.device != tensor.device:
         raise ValueError(f"words: expected device {tensor.device} like tensor, got {words.device}")
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError("tensor: several of its elements share one place in memory (expanded); clone it first")
     torch.ops.sparselottery.bitmask_apply_(tensor, words)
     return tensor
 
@@ -113,16 +116,59 @@ def _check_int32(name, words):
 
 # ---- implementations ----
 
-LIBRARY.impl("bitmask_pack", reference.bitmask_pack, "CompositeExplicitAutograd")
-LIBRARY.impl("bitmask_unpack", reference.bitmask_unpack, "CompositeExplicitAutograd")
-LIBRARY.impl("bitmask_count", reference.bitmask_count, "CompositeExplicitAutograd")
-LIBRARY.impl("bitmask_hamming", reference.bitmask_hamming, "CompositeExplicitAutograd")
+
+def rows_and_strides(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides of a tensor as the kernels want them: at least two dimensions, the first one the mask's rows."""
+    sizes, strides = list(tensor.shape), list(tensor.stride())
+    if tensor.ndim == 0:
+        return [1, 1], [1, 1]
+    return (sizes, strides) if tensor.ndim > 1 else ([1, *sizes], [0, *strides])
+
+
+def _pack(dense):
+    if dense.device.type != "cpu":
+        return reference.bitmask_pack(dense)
+    dense = dense.contiguous()  # a byte a weight; what is packed is nearly always fresh
+    words = dense.new_empty(words_shape(dense.shape), dtype=torch.int32)
+    extension().cpu_bitmask_pack(dense.data_ptr(), *rows_columns(dense.shape), words.data_ptr())
+    return words
+
+
+def _unpack(words, shape):
+    if words.device.type != "cpu":
+        return reference.bitmask_unpack(words, shape)
+    words = words.contiguous()
+    dense = words.new_empty(shape, dtype=torch.bool)
+    extension().cpu_bitmask_unpack(words.data_ptr(), *rows_columns(shape), dense.data_ptr())
+    return dense
+
+
+def _count(words):
+    if words.device.type != "cpu":
+        return reference.bitmask_count(words)
+    words = words.contiguous()
+    return torch.tensor(extension().cpu_bitmask_count(words.data_ptr(), words.numel()))
+
+
+def _hamming(a, b):
+    if a.device.type != "cpu":
+        return reference.bitmask_hamming(a, b)
+    a, b = a.contiguous(), b.contiguous()
+    return torch.tensor(extension().cpu_bitmask_hamming(a.data_ptr(), b.data_ptr(), a.numel()))
 
 
 def _apply(tensor, words):
-    reference.bitmask_apply_(tensor, words)
+    if tensor.device.type != "cpu":
+        reference.bitmask_apply_(tensor, words)
+        return
+    words = words.contiguous()
+    extension().cpu_bitmask_apply(tensor.data_ptr(), tensor.element_size(), words.data_ptr(), *rows_and_strides(tensor))
 
 
+LIBRARY.impl("bitmask_pack", _pack, "CompositeExplicitAutograd")
+LIBRARY.impl("bitmask_unpack", _unpack, "CompositeExplicitAutograd")
+LIBRARY.impl("bitmask_count", _count, "CompositeExplicitAutograd")
+LIBRARY.impl("bitmask_hamming", _hamming, "CompositeExplicitAutograd")
 LIBRARY.impl("bitmask_apply_", _apply, "CompositeExplicitAutograd")
 
 

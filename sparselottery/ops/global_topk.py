@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import masks
+from .._ext import DTYPE_CODES, extension
 from . import bitmask, reference
+from .bitmask import rows_and_strides, words_shape
 from .library import LIBRARY
 
 # Returns the words and, as 0-d tensors on the device of the tensors (so that nothing has to wait for it), the float64 key of
@@ -41,6 +43,8 @@ def global_topk(
         ValueError: NaN in any tensor, eligible or not (the message names it); `keep` out of range; shapes or devices that
             differ.
     """
+    if isinstance(tensors, Tensor):
+        raise TypeError("tensors: expected a list of tensors, got a tensor")
     tensors = list(tensors)
     names = [f"tensors[{i}]" for i in range(len(tensors))] if names is None else list(names)
     if len(names) != len(tensors):
@@ -48,6 +52,8 @@ def global_topk(
     for name, t in zip(names, tensors, strict=True):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got layout {t.layout}")
         if t.dtype not in bitmask.FLOATS:
             raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {t.dtype}")
         if t.device != tensors[0].device:
@@ -91,29 +97,47 @@ def _eligible_words(tensors, eligible) -> tuple[list, int]:
     return words, allowed
 
 
-# ---- implementations ----
+# ---- implementations: (tensors, keep, words or None per tensor, by_value) -> (words, threshold, index of a NaN tensor) ----
 
 
 def _reference(tensors, keep, eligible, by_value):
-    device = tensors[0].device if tensors else torch.device("cpu")
+    """Plain torch: any device, several copies of the weights."""
     dense = [
         torch.ones_like(t, dtype=torch.bool) if w is None else bitmask.unpack(w, t.shape)
         for w, t in zip(eligible, tensors, strict=True)
     ]
-    bad = [i for i, t in enumerate(tensors) if bool(t.isnan().any())]
+    nan_tensor = next((i for i, t in enumerate(tensors) if bool(t.isnan().any())), -1)
     kept, threshold = reference.global_topk(tensors, keep, dense, by_value)
-    scalars = (
-        torch.tensor(threshold, dtype=torch.float64, device=device),
-        torch.tensor(bad[0] if bad else -1, device=device),
-    )
-    return [bitmask.pack(m) for m in kept], *scalars
+    return [bitmask.pack(m) for m in kept], *_scalars(threshold, nan_tensor, tensors)
 
 
-LIBRARY.impl("global_topk", _reference, "CompositeExplicitAutograd")
+def _cpu(tensors, keep, eligible, by_value):
+    kept = [t.new_empty(words_shape(t.shape), dtype=torch.int32) for t in tensors]
+    held = [None if w is None else w.contiguous() for w in eligible]
+    arguments = [
+        (t.data_ptr(), DTYPE_CODES[t.dtype], *rows_and_strides(t), 0 if w is None else w.data_ptr(), k.data_ptr())
+        for t, w, k in zip(tensors, held, kept, strict=True)
+    ]
+    nan_tensor, threshold = extension().cpu_global_topk(arguments, keep, by_value)
+    return kept, *_scalars(threshold, nan_tensor, tensors)
+
+
+def _scalars(threshold, nan_tensor, tensors):
+    device = tensors[0].device if tensors else None
+    threshold = torch.tensor(threshold, dtype=torch.float64, device=device)
+    return threshold, torch.tensor(nan_tensor, dtype=torch.int64, device=device)
+
+
+def _dispatch(tensors, keep, eligible, by_value):
+    on_cpu = all(t.device.type == "cpu" for t in tensors)
+    return (_cpu if on_cpu else _reference)(tensors, keep, eligible, by_value)
+
+
+LIBRARY.impl("global_topk", _dispatch, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("sparselottery::global_topk")
 def _(tensors, keep, eligible, by_value):
     like = tensors[0] if tensors else torch.empty(0)
-    words = [t.new_empty(bitmask.words_shape(t.shape), dtype=torch.int32) for t in tensors]
+    words = [t.new_empty(words_shape(t.shape), dtype=torch.int32) for t in tensors]
     return words, like.new_empty((), dtype=torch.float64), like.new_empty((), dtype=torch.int64)
