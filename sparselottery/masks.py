@@ -14,8 +14,8 @@ class Mask:
 
     Args:
         words: int32 `[rows, ceil(columns / 32)]`; rows is `shape[0]` and columns the rest flattened (one row for fewer
-            than two dimensions). Bit i of word w keeps column 32 w + i, padding bits are zero. Held, not copied: nobody may
-            write to them afterwards.
+            than two dimensions). Bit i of word w keeps column 32 w + i, padding bits are zero. Held, not copied: nobody
+            may write to them afterwards.
         shape: the shape of the tensor that is masked.
 
     Raises:
@@ -142,8 +142,8 @@ class Mask:
             raise ValueError(f"other: expected a mask on {self.device}, got {other.device}")
 
 
-# Which layer masks a parameter. Weak on both sides: neither a parameter nor a layer is kept alive by having been attached.
-# A weight that several layers share has several owners.
+# Which layer masks a parameter. Weak on both sides: neither a parameter nor a layer is kept alive by having been
+# attached. A weight that several layers share has several owners.
 _owners = WeakTensorKeyDictionary()
 
 

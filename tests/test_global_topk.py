@@ -239,25 +239,25 @@ def test_nan_is_named(count, keep):
 @pytest.mark.parametrize(
     "arguments, error, says",
     [
-        (dict(keep=-1), ValueError, "keep: expected 0 to 6"),
-        (dict(keep=7), ValueError, "keep: expected 0 to 6"),
-        (dict(keep=2.0), TypeError, "keep: expected an int, got float"),
-        (dict(keep=True), TypeError, "keep: expected an int, got bool"),
-        (dict(keep=2, eligible=[torch.eye(2, 3).bool()]), None, ""),
-        (dict(keep=3, eligible=[torch.eye(2, 3).bool()]), ValueError, "keep: expected 0 to 2"),
-        (dict(eligible=[torch.ones(3, 2).bool()]), ValueError, r"eligible\[0\]: expected shape \[2, 3\]"),
-        (dict(eligible=[torch.ones(2, 3)]), TypeError, r"eligible\[0\]: expected a Mask, a bool tensor or None"),
-        (dict(eligible=[]), ValueError, "eligible: expected 1 entries"),
-        (dict(tensors=[torch.ones(2, 3).int()]), TypeError, r"tensors\[0\]: expected float32"),
-        (dict(tensors=[None]), TypeError, r"tensors\[0\]: expected a tensor"),
-        (dict(tensors=torch.ones(2, 3)), TypeError, "tensors: expected a list"),
-        (dict(tensors=[torch.ones(2, 3).to_sparse()]), ValueError, r"tensors\[0\]: expected a dense"),
-        (dict(by="size"), ValueError, "by: expected 'magnitude' or 'value'"),
-        (dict(names=[]), ValueError, "names: expected 1"),
+        ({"keep": -1}, ValueError, "keep: expected 0 to 6"),
+        ({"keep": 7}, ValueError, "keep: expected 0 to 6"),
+        ({"keep": 2.0}, TypeError, "keep: expected an int, got float"),
+        ({"keep": True}, TypeError, "keep: expected an int, got bool"),
+        ({"keep": 2, "eligible": [torch.eye(2, 3).bool()]}, None, ""),
+        ({"keep": 3, "eligible": [torch.eye(2, 3).bool()]}, ValueError, "keep: expected 0 to 2"),
+        ({"eligible": [torch.ones(3, 2).bool()]}, ValueError, r"eligible\[0\]: expected shape \[2, 3\]"),
+        ({"eligible": [torch.ones(2, 3)]}, TypeError, r"eligible\[0\]: expected a Mask, a bool tensor or None"),
+        ({"eligible": []}, ValueError, "eligible: expected 1 entries"),
+        ({"tensors": [torch.ones(2, 3).int()]}, TypeError, r"tensors\[0\]: expected float32"),
+        ({"tensors": [None]}, TypeError, r"tensors\[0\]: expected a tensor"),
+        ({"tensors": torch.ones(2, 3)}, TypeError, "tensors: expected a list"),
+        ({"tensors": [torch.ones(2, 3).to_sparse()]}, ValueError, r"tensors\[0\]: expected a dense"),
+        ({"by": "size"}, ValueError, "by: expected 'magnitude' or 'value'"),
+        ({"names": []}, ValueError, "names: expected 1"),
     ],
 )
 def test_bad_input_names_the_argument(arguments, error, says):
-    arguments = dict(tensors=[torch.randn(2, 3)], keep=1) | arguments
+    arguments = {"tensors": [torch.randn(2, 3)], "keep": 1} | arguments
     call = lambda: global_topk(arguments.pop("tensors"), arguments.pop("keep"), **arguments)  # noqa: E731
     if error is None:
         call()

@@ -67,7 +67,9 @@ def hamming(a: Tensor, b: Tensor) -> int:
 
 @torch.no_grad()
 def apply_(tensor: Tensor, words: Tensor) -> Tensor:
-    """Write +0 into `tensor` `[*]` wherever the mask is 0, in place, also over NaN and inf. Any strides. Returns `tensor`.
+    """Write +0 into `tensor` `[*]` wherever the mask is 0, in place, also over NaN and inf. Returns `tensor`.
+
+    Any strides. Not a step that autograd records: a weight that requires a gradient keeps it.
 
     Raises:
         TypeError: `tensor` is not float32, float64, float16 or bfloat16.
@@ -118,7 +120,7 @@ def _check_int32(name, words):
 
 
 def rows_and_strides(tensor: Tensor) -> tuple[list[int], list[int]]:
-    """Sizes and strides of a tensor as the kernels want them: at least two dimensions, the first one the mask's rows."""
+    """Sizes and strides of a tensor as the kernels want them: two dimensions or more, the first one the mask's rows."""
     sizes, strides = list(tensor.shape), list(tensor.stride())
     if tensor.ndim == 0:
         return [1, 1], [1, 1]

@@ -13,8 +13,9 @@ from . import bitmask, reference
 from .bitmask import rows_and_strides, words_shape
 from .library import LIBRARY
 
-# Returns the words and, as 0-d tensors on the device of the tensors (so that nothing has to wait for it), the float64 key of
-# the smallest survivor and the int64 index of the first tensor that holds a NaN (-1: none, else the words are garbage).
+# Returns the words and, as 0-d tensors on the device of the tensors (so that nothing has to wait for it), the float64
+# key of the smallest survivor and the int64 index of the first tensor that holds a NaN (-1: none, else the words are
+# garbage).
 # `eligible` has one entry per tensor: its words, or None for all.
 LIBRARY.define(
     "global_topk(Tensor[] tensors, int keep, Tensor?[] eligible, bool by_value) -> (Tensor[], Tensor, Tensor)"
@@ -40,8 +41,8 @@ def global_topk(
 
     Raises:
         TypeError: not floating-point tensors, or eligible entries of another kind.
-        ValueError: NaN in any tensor, eligible or not (the message names it); `keep` out of range; shapes or devices that
-            differ.
+        ValueError: NaN in any tensor, eligible or not (the message names it); `keep` out of range; shapes or devices
+            that differ.
     """
     if isinstance(tensors, Tensor):
         raise TypeError("tensors: expected a list of tensors, got a tensor")
@@ -97,7 +98,7 @@ def _eligible_words(tensors, eligible) -> tuple[list, int]:
     return words, allowed
 
 
-# ---- implementations: (tensors, keep, words or None per tensor, by_value) -> (words, threshold, index of a NaN tensor) ----
+# ---- implementations, with the op's signature ----
 
 
 def _reference(tensors, keep, eligible, by_value):
