@@ -152,12 +152,12 @@ class Ticket:
         tensors, aliases = _distinct(self._tensors())
         about = {
             "format": FORMAT,
-            "shapes": {name: list(mask.shape) for name, mask in self.masks.items()},
-            "aliases": aliases,
+            "masks": [[name, list(mask.shape)] for name, mask in self.masks.items()],
+            "initial": [[key, aliases.get(_WEIGHT + key, _WEIGHT + key)] for key in self.initial],
             "sha256": "0" * 64,
         }
         # One metadata entry: several would be written in random order.
-        text = json.dumps(about, separators=(",", ":"), sort_keys=True)
+        text = json.dumps(about, separators=(",", ":"))
         data = safetensors.torch.save(tensors, {"sparselottery": text})
         start, end = _find_digest(data)
         digest = hashlib.sha256(data).hexdigest().encode()
@@ -186,9 +186,8 @@ class Ticket:
         if about["format"] != FORMAT:
             raise TicketError(f"{path}: a ticket of format {about['format']}, this version reads format {FORMAT}")
         tensors = safetensors.torch.load(data)
-        tensors |= {key: tensors[stored] for key, stored in about["aliases"].items()}
-        masks = {name: Mask(tensors[_MASK + name], shape) for name, shape in about["shapes"].items()}
-        return cls(masks, {k.removeprefix(_WEIGHT): t for k, t in tensors.items() if k.startswith(_WEIGHT)})
+        masks = {name: Mask(tensors[_MASK + name], shape) for name, shape in about["masks"]}
+        return cls(masks, {key: tensors[stored] for key, stored in about["initial"]})
 
     def _tensors(self) -> dict[str, Tensor]:
         words = {_MASK + name: mask.words for name, mask in self.masks.items()}
