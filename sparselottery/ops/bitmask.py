@@ -84,6 +84,8 @@ def apply_(tensor: Tensor, words: Tensor) -> Tensor:
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError("tensor: several of its elements share one place in memory (expanded); clone it first")
     torch.ops.sparselottery.bitmask_apply_(tensor, words)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensor)  # the kernel wrote behind autograd's back
     return tensor
 
 
