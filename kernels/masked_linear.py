@@ -212,11 +212,12 @@ def _product(source, weight, words, bias, features, transposed):
     flat = _rows(target)
     across = (config["BI"], config["BO"]) if transposed else (config["BO"], config["BI"])
     counts, lists = _live_blocks(words, *across, transposed)
-    product[(triton.cdiv(rows.shape[0], config["BM"]), triton.cdiv(features, config["BO"]))](
-        rows, weight, words, counts, lists, bias, flat, rows.shape[0], features, inputs, lists.shape[1],
-        *rows.stride(), *weight.stride(), words.stride(0), *flat.stride(),
-        TRANSPOSED=transposed, BIAS=bias is not None, **options, **config,
-    )  # fmt: skip
+    with torch.cuda.device_of(source):
+        product[(triton.cdiv(rows.shape[0], config["BM"]), triton.cdiv(features, config["BO"]))](
+            rows, weight, words, counts, lists, bias, flat, rows.shape[0], features, inputs, lists.shape[1],
+            *rows.stride(), *weight.stride(), words.stride(0), *flat.stride(),
+            TRANSPOSED=transposed, BIAS=bias is not None, **options, **config,
+        )  # fmt: skip
     return target
 
 
@@ -237,10 +238,11 @@ def backward_weight(grad, x, words):
     if dweight.numel() == 0:
         return dweight
     options, config = _options(x), _weight_config(x.dtype)
-    weight_product[(triton.cdiv(grad.shape[1], config["BO"]), triton.cdiv(x.shape[1], config["BI"]))](
-        grad, x, words, dweight, grad.shape[0], *dweight.shape, *grad.stride(), *x.stride(), words.stride(0),
-        *dweight.stride(), **options, **config,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        weight_product[(triton.cdiv(grad.shape[1], config["BO"]), triton.cdiv(x.shape[1], config["BI"]))](
+            grad, x, words, dweight, grad.shape[0], *dweight.shape, *grad.stride(), *x.stride(), words.stride(0),
+            *dweight.stride(), **options, **config,
+        )  # fmt: skip
     return dweight
 
 

@@ -4,7 +4,7 @@ Sources: torch.optim.SGD (Sutskever's form of momentum), Kingma & Ba 2015 (Adam)
 Reddi et al. 2018 (AMSGrad). At the survivors the results equal torch.optim's up to rounding. A dead weight and its
 state become +0 and stay so, whatever stood there and whatever its gradient is (NaN too).
 
-Backends: cpu (C++; float32 and float64), triton (CUDA tensors), reference (everything else).
+Backends: cpu (C++; float32 and float64), triton (CUDA tensors but float64), reference (everything else).
 """
 
 import math
@@ -153,6 +153,7 @@ def check(params, like_params, words) -> None:
 # ---- which backend ----
 
 _CPU_DTYPES = (torch.float32, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def backend_of(param: Tensor) -> str:
@@ -161,7 +162,7 @@ def backend_of(param: Tensor) -> str:
         return "reference"
     if param.device.type == "cpu" and param.dtype in _CPU_DTYPES and _ext._C is not None:
         return "cpu"
-    if param.device.type == "cuda" and kernels.AVAILABLE:
+    if param.device.type == "cuda" and param.dtype in _TRITON_DTYPES and kernels.AVAILABLE:
         return "triton"
     return "reference"
 
