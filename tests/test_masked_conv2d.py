@@ -25,6 +25,7 @@ CASES = {
     "one pixel": (4, 7, 3, 1, 1, (1, 1), 1, 0, 1, 1),
     "empty batch": (0, 3, 4, 6, 6, (3, 3), 1, 1, 1, 1),
     "many images": (70, 3, 4, 5, 7, (3, 3), 1, 1, 1, 1),
+    "panels": (2, 96, 100, 6, 6, (3, 3), 1, 1, 1, 1),  # too many channels for the first cache at once
     "seventeen images": (17, 3, 8, 6, 18, (3, 3), 1, 1, 1, 1),
 }
 
@@ -171,7 +172,7 @@ def test_any_convolution(backend, use):
     check()
 
 
-@pytest.mark.parametrize("case", ["seventeen images", "many images", "stride 2"])
+@pytest.mark.parametrize("case", ["seventeen images", "many images", "stride 2", "panels"])
 def test_bit_equal_for_any_number_of_threads(case, use):
     use("cpu")
     tensors, arguments, _ = sample(case)

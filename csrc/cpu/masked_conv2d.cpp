@@ -18,6 +18,7 @@
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 #include "../common.h"
 #include "isa.h"
@@ -33,7 +34,11 @@ namespace sl::cpu {
 namespace {
 
 constexpr int64_t kVector = 16;             // floats; planes are multiples of it
-constexpr int64_t kScratch = 512 * 1024;    // bytes of planes that a core keeps in its cache
+constexpr int64_t kScratch = 1024 * 1024;   // bytes of planes that a core keeps in its cache
+constexpr int64_t kPanel = 24 * 1024;       // bytes of planes that stay in the first cache
+constexpr int64_t kPanelPixels = 128;       // pixels that the loops take at a time
+constexpr int64_t kPanelWork = 24;          // survivors of a row in a panel that pay for a second look at the row
+constexpr int64_t kLength = 512;            // pixels of a plane that fill the vectors well
 constexpr int64_t kShares = 16;             // parts that a batch is dealt out in, whatever the number of threads
 constexpr int64_t kMaxScratch = 1LL << 32;  // distances are 32-bit numbers of bytes
 
@@ -121,6 +126,7 @@ struct ConvPlan::Parts {
   };
   std::vector<Survivor> survivors, by_plane;
   std::vector<int64_t> filter_first, plane_first;
+  int64_t filter_panels, plane_panels;
 
   Parts(int64_t out, int64_t channels, int64_t groups, ConvAxis r, ConvAxis c)
       : out(out), channels(channels), groups(groups), rows(r), columns(c) {
@@ -143,10 +149,11 @@ struct ConvPlan::Parts {
     return (2 * plane_count() * input_stride(images) + out * grad_stride(images)) * static_cast<int64_t>(sizeof(float));
   }
 
-  // How many images share a plane: as many as the cache holds, but enough lots for the threads. Not a function of their
-  // number, so that sums over the batch round alike for any.
+  // How many images share a plane: enough to fill vectors, no more than the cache holds, and two lots or more. Not a
+  // function of the number of threads, so that sums over the batch round alike for any.
   int64_t lot(int64_t batch) const {
-    int64_t images = std::max<int64_t>(1, batch / (2 * kShares));
+    int64_t images = std::max(batch / (2 * kShares), kLength / image);
+    images = std::max<int64_t>(1, std::min(images, batch / 2));
     while (images > 1 && bytes(images) > kScratch) images--;
     return images;
   }
@@ -155,7 +162,6 @@ struct ConvPlan::Parts {
     const int64_t group_channels = channels / groups, taps = taps_h * taps_w, width = group_channels * taps;
     const int64_t row_words = words_per_row(width), phases = rows.stride * columns.stride;
     std::vector<int32_t> plane_of(channels * phases, -1);
-    filter_first.assign(1, 0);
     for (int64_t o = 0; o < out; o++) {
       for (int64_t w = 0; w < row_words; w++) {
         for (uint32_t bits = static_cast<uint32_t>(words[o * row_words + w]); bits; bits &= bits - 1) {
@@ -168,20 +174,41 @@ struct ConvPlan::Parts {
                                rows.distance(r) * columns.pitch + columns.distance(s)});
         }
       }
-      filter_first.push_back(static_cast<int64_t>(survivors.size()));
     }
     for (int64_t slot = 0; slot < channels * phases; slot++) {
       if (plane_of[slot] < 0) continue;
       plane_of[slot] = static_cast<int32_t>(planes.size());
       planes.push_back({slot / phases, slot % phases / columns.stride, slot % columns.stride});
     }
-    // A stable counting sort by plane.
-    plane_first.assign(planes.size() + 1, 0);
-    for (Survivor& s : survivors) plane_first[(s.plane = plane_of[s.plane]) + 1]++;
-    for (size_t i = 1; i < plane_first.size(); i++) plane_first[i] += plane_first[i - 1];
-    std::vector<int64_t> next(plane_first.begin(), plane_first.end());
-    by_plane.resize(survivors.size());
-    for (const Survivor& s : survivors) by_plane[next[s.plane]++] = s;
+    for (Survivor& s : survivors) s.plane = plane_of[s.plane];
+    by_plane = survivors;
+    filter_panels = sort(survivors, filter_first, out, plane_count(),
+                         [](const Survivor& s) { return std::make_pair<int64_t, int64_t>(s.filter, s.plane); });
+    plane_panels = sort(by_plane, plane_first, plane_count(), out,
+                        [](const Survivor& s) { return std::make_pair<int64_t, int64_t>(s.plane, s.filter); });
+  }
+
+  // Puts the survivors, each in a (row, source), in the order (panel of the source, row), otherwise as they were.
+  // Returns the number of panels: few enough that a row has some work in each.
+  template <class Place>
+  int64_t sort(std::vector<Survivor>& list, std::vector<int64_t>& first, int64_t rows, int64_t sources,
+               Place place) const {
+    const int64_t work = static_cast<int64_t>(list.size()) / std::max<int64_t>(1, rows * kPanelWork);
+    const int64_t span = kPanelPixels + std::min(reach, 2 * kPanelPixels);  // floats of a source that a block looks at
+    const int64_t panels =
+        std::max<int64_t>(1, std::min(work, sources * span * static_cast<int64_t>(sizeof(float)) / kPanel));
+    const auto slot = [&](const Survivor& s) {
+      const auto [row, source] = place(s);
+      return source * panels / sources * rows + row;
+    };
+    first.assign(panels * rows + 1, 0);
+    for (const Survivor& s : list) first[slot(s) + 1]++;
+    for (size_t i = 1; i < first.size(); i++) first[i] += first[i - 1];
+    std::vector<int64_t> next(first.begin(), first.end());
+    std::vector<Survivor> sorted(list.size());
+    for (const Survivor& s : list) sorted[next[slot(s)]++] = s;
+    list.swap(sorted);
+    return panels;
   }
 
   // Copies pixels into planes (load) or back; zeros between them stay.
@@ -274,8 +301,8 @@ void masked_conv2d_forward(const ConvPlan& plan, int64_t batch, ConvView x, cons
     for (int64_t i = 0; i < lots; i++) {
       const int64_t n = i * lot, images = std::min(lot, batch - n);
       part.load_inputs(loop, x, n, images, in, x_stride);
-      loop.product(part.out, part.filter_first.data(), offset.data(), value.data(), bias, in, result, y_stride,
-                   part.output_length(images));
+      loop.product(part.filter_panels, part.out, part.filter_first.data(), offset.data(), value.data(), bias, in,
+                   result, y_stride, part.output_length(images));
       part.store_outputs(loop, result, y_stride, n, images, y);
     }
   }
@@ -320,8 +347,8 @@ void masked_conv2d_backward(const ConvPlan& plan, int64_t batch, ConvView grad, 
         }
         if (!dx && !dweight) continue;
         if (dweight) part.load_inputs(loop, x, n, images, in, x_stride);
-        loop.gradients(part.plane_count(), part.plane_first.data(), offset.data(), value.data(), dy, in,
-                       dx ? back : nullptr, x_stride, dweight ? dw.data() + share * survivors : nullptr,
+        loop.gradients(part.plane_panels, part.plane_count(), part.plane_first.data(), offset.data(), value.data(), dy,
+                       in, dx ? back : nullptr, x_stride, dweight ? dw.data() + share * survivors : nullptr,
                        part.output_length(images) + part.reach);
         if (dx) part.store_inputs(loop, back, x_stride, n, images, dx);
       }

@@ -98,36 +98,43 @@ struct Lanes {
 
 // N vectors of every row of y, at one place of the images.
 template <int N>
-void product_block(int64_t rows, const int64_t* first, const uint32_t* offset, const float* value, const float* bias,
-                   const float* x, float* y, int64_t y_stride) {
+void product_block(int64_t panels, int64_t rows, const int64_t* first, const uint32_t* offset, const float* value,
+                   const float* bias, const float* x, float* y, int64_t y_stride) {
   const char* base = reinterpret_cast<const char*>(x);
-  for (int64_t row = 0; row < rows; row++) {
+  for (int64_t i = 0; i < panels * rows; i++) {
+    const int64_t row = i % rows, begin = first[i], end = first[i + 1];
+    const bool fresh = i < rows;
+    if (begin == end && !fresh) continue;
+    float* to = y + row * y_stride;
     Vector sum[N];
-    for (int t = 0; t < N; t++) sum[t] = all(bias ? bias[row] : 0.0f);
-    for (int64_t k = first[row], end = first[row + 1]; k < end; k++) {
+    for (int t = 0; t < N; t++) sum[t] = fresh ? all(bias ? bias[row] : 0.0f) : load(to + t * kLanes);
+    for (int64_t k = begin; k < end; k++) {
       const Vector w = all(value[k]);
       const char* from = base + offset[k];
 #pragma GCC unroll 8
       for (int t = 0; t < N; t++) sum[t] += w * load(from + t * sizeof(Vector));
     }
-    float* to = y + row * y_stride;
     for (int t = 0; t < N; t++) store(to + t * kLanes, sum[t]);
   }
 }
 
 template <int N, bool DX, bool DW>
-void gradients_block(int64_t columns, const int64_t* first, const uint32_t* offset, const float* value, const float* dy,
-                     const float* x, float* dx, int64_t stride, float* dw) {
+void gradients_block(int64_t panels, int64_t columns, const int64_t* first, const uint32_t* offset, const float* value,
+                     const float* dy, const float* x, float* dx, int64_t stride, float* dw) {
   const char* base = reinterpret_cast<const char*>(dy);
   Lanes lanes;
   lanes.dw = dw;
-  for (int64_t column = 0; column < columns; column++) {
+  for (int64_t i = 0; i < panels * columns; i++) {
+    const int64_t column = i % columns, begin = first[i], end = first[i + 1];
+    const bool fresh = i < columns;
+    if (begin == end && !fresh) continue;
+    float* to = dx + column * stride;
     Vector sum[N], here[N];
     for (int t = 0; t < N; t++) {
-      sum[t] = Vector{};
+      if (DX) sum[t] = fresh ? Vector{} : load(to + t * kLanes);
       if (DW) here[t] = load(x + column * stride + t * kLanes);
     }
-    for (int64_t k = first[column], end = first[column + 1]; k < end; k++) {
+    for (int64_t k = begin; k < end; k++) {
       const Vector w = DX ? all(value[k]) : Vector{};
       const char* from = base + offset[k];
       Vector even = {}, odd = {};
@@ -141,40 +148,40 @@ void gradients_block(int64_t columns, const int64_t* first, const uint32_t* offs
       if (DW) lanes.push(even + odd);
     }
     if (DX) {
-      for (int t = 0; t < N; t++) store(dx + column * stride + t * kLanes, sum[t]);
+      for (int t = 0; t < N; t++) store(to + t * kLanes, sum[t]);
     }
   }
   if (DW) lanes.flush();
 }
 
 template <int N, bool DX, bool DW>
-void gradients(int64_t columns, const int64_t* first, const uint32_t* offset, const float* value, const float* dy,
-               const float* x, float* dx, int64_t stride, float* dw, int64_t length) {
+void gradients(int64_t panels, int64_t columns, const int64_t* first, const uint32_t* offset, const float* value,
+               const float* dy, const float* x, float* dx, int64_t stride, float* dw, int64_t length) {
   int64_t q = 0;
   for (; q + N * kLanes <= length; q += N * kLanes) {
-    gradients_block<N, DX, DW>(columns, first, offset, value, dy + q, x + q, DX ? dx + q : nullptr, stride, dw);
+    gradients_block<N, DX, DW>(panels, columns, first, offset, value, dy + q, x + q, DX ? dx + q : nullptr, stride, dw);
   }
   if constexpr (N > 1) {
     if (q < length) {
-      gradients<N / 2, DX, DW>(columns, first, offset, value, dy + q, x + q, DX ? dx + q : nullptr, stride, dw,
+      gradients<N / 2, DX, DW>(panels, columns, first, offset, value, dy + q, x + q, DX ? dx + q : nullptr, stride, dw,
                                length - q);
     }
   } else if (q < length) {
-    gradients_block<1, DX, DW>(columns, first, offset, value, dy + q, x + q, DX ? dx + q : nullptr, stride, dw);
+    gradients_block<1, DX, DW>(panels, columns, first, offset, value, dy + q, x + q, DX ? dx + q : nullptr, stride, dw);
   }
 }
 
 template <int N>
-void product(int64_t rows, const int64_t* first, const uint32_t* offset, const float* value, const float* bias,
-             const float* x, float* y, int64_t y_stride, int64_t length) {
+void product(int64_t panels, int64_t rows, const int64_t* first, const uint32_t* offset, const float* value,
+             const float* bias, const float* x, float* y, int64_t y_stride, int64_t length) {
   int64_t p = 0;
   for (; p + N * kLanes <= length; p += N * kLanes) {
-    product_block<N>(rows, first, offset, value, bias, x + p, y + p, y_stride);
+    product_block<N>(panels, rows, first, offset, value, bias, x + p, y + p, y_stride);
   }
   if constexpr (N > 1) {
-    if (p < length) product<N / 2>(rows, first, offset, value, bias, x + p, y + p, y_stride, length - p);
+    if (p < length) product<N / 2>(panels, rows, first, offset, value, bias, x + p, y + p, y_stride, length - p);
   } else if (p < length) {
-    product_block<1>(rows, first, offset, value, bias, x + p, y + p, y_stride);
+    product_block<1>(panels, rows, first, offset, value, bias, x + p, y + p, y_stride);
   }
 }
 
@@ -195,17 +202,17 @@ void conv_copy(int64_t rows, int64_t columns, const float* from, int64_t from_ro
   }
 }
 
-void conv_product(int64_t rows, const int64_t* first, const uint32_t* offset, const float* value, const float* bias,
-                  const float* x, float* y, int64_t y_stride, int64_t length) {
-  product<kProductVectors>(rows, first, offset, value, bias, x, y, y_stride, length);
+void conv_product(int64_t panels, int64_t rows, const int64_t* first, const uint32_t* offset, const float* value,
+                  const float* bias, const float* x, float* y, int64_t y_stride, int64_t length) {
+  product<kProductVectors>(panels, rows, first, offset, value, bias, x, y, y_stride, length);
 }
 
-void conv_gradients(int64_t columns, const int64_t* first, const uint32_t* offset, const float* value, const float* dy,
-                    const float* x, float* dx, int64_t stride, float* dw, int64_t length) {
+void conv_gradients(int64_t panels, int64_t columns, const int64_t* first, const uint32_t* offset, const float* value,
+                    const float* dy, const float* x, float* dx, int64_t stride, float* dw, int64_t length) {
   constexpr int N = kGradientVectors;
-  if (dx && dw) return gradients<N, true, true>(columns, first, offset, value, dy, x, dx, stride, dw, length);
-  if (dx) return gradients<N, true, false>(columns, first, offset, value, dy, x, dx, stride, dw, length);
-  if (dw) return gradients<N, false, true>(columns, first, offset, value, dy, x, dx, stride, dw, length);
+  if (dx && dw) return gradients<N, true, true>(panels, columns, first, offset, value, dy, x, dx, stride, dw, length);
+  if (dx) return gradients<N, true, false>(panels, columns, first, offset, value, dy, x, dx, stride, dw, length);
+  if (dw) return gradients<N, false, true>(panels, columns, first, offset, value, dy, x, dx, stride, dw, length);
 }
 
 float conv_sum(const float* x, int64_t n) {
