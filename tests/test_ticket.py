@@ -203,18 +203,17 @@ def test_a_single_layer_and_tied_weights(tmp_path):
     assert other["b"].weight is other["a"].weight and other["a"].mask == model["a"].mask
 
 
-def test_every_flipped_bit_is_found(tmp_path):
+def test_a_flipped_bit_in_any_byte_is_found(tmp_path):
     layer = nn.Linear(3, 2)
     sl.prune(layer, density=0.5)
     sl.Ticket.of(layer, layer).save(tmp_path / "t")
     data = (tmp_path / "t").read_bytes()
     path = tmp_path / "flipped"
     for i in range(len(data)):
-        for bit in (0, 3, 7):
-            path.write_bytes(data[:i] + bytes([data[i] ^ (1 << bit)]) + data[i + 1 :])
-            with pytest.raises(sl.TicketError, match=re.escape(f"{path}: ")) as caught:
-                sl.Ticket.load(path)
-            assert "\n" not in str(caught.value)
+        path.write_bytes(data[:i] + bytes([data[i] ^ (1 << i % 8)]) + data[i + 1 :])
+        with pytest.raises(sl.TicketError, match=re.escape(f"{path}: ")) as caught:
+            sl.Ticket.load(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_truncated_foreign_and_missing_files(tmp_path):

@@ -150,10 +150,14 @@ class Ticket:
         """
         path = Path(path)
         tensors, aliases = _distinct(self._tensors())
+
+        def stored_as(key):
+            return aliases.get(key, key)
+
         about = {
             "format": FORMAT,
-            "masks": [[name, list(mask.shape)] for name, mask in self.masks.items()],
-            "initial": [[key, aliases.get(_WEIGHT + key, _WEIGHT + key)] for key in self.initial],
+            "masks": [[name, list(mask.shape), stored_as(_MASK + name)] for name, mask in self.masks.items()],
+            "initial": [[key, stored_as(_WEIGHT + key)] for key in self.initial],
             "sha256": "0" * 64,
         }
         # One metadata entry: several would be written in random order.
@@ -186,7 +190,7 @@ class Ticket:
         if about["format"] != FORMAT:
             raise TicketError(f"{path}: a ticket of format {about['format']}, this version reads format {FORMAT}")
         tensors = safetensors.torch.load(data)
-        masks = {name: Mask(tensors[_MASK + name], shape) for name, shape in about["masks"]}
+        masks = {name: Mask(tensors[stored], shape) for name, shape, stored in about["masks"]}
         return cls(masks, {key: tensors[stored] for key, stored in about["initial"]})
 
     def _tensors(self) -> dict[str, Tensor]:
