@@ -2,7 +2,7 @@
 
 from . import optim
 from .masks import Mask
-from .nn import MaskedConv2d, MaskedLinear, densify, from_torch_prune, sparsify
+from .nn import MaskedConv2d, MaskedLinear, compress, densify, explain, from_torch_prune, sparsify
 from .ops.global_topk import global_topk
 from .pruning import prune
 from .tickets.imp import imp
@@ -19,7 +19,9 @@ __all__ = [
     "Ticket",
     "TicketError",
     "Trainer",
+    "compress",
     "densify",
+    "explain",
     "from_torch_prune",
     "global_topk",
     "imp",

@@ -90,12 +90,17 @@ def densify(model: nn.Module) -> nn.Module:
     _check_module(model)
     for module in model.modules():
         if isinstance(module, MaskedWeight):
-            module._restore()
-            masks.detach(module.weight, module)
-            module._forget()
-            del module._buffers["weight_mask"]
-            module.__class__ = _plain_class(type(module))
+            to_plain(module)
     return model
+
+
+def to_plain(layer: nn.Module) -> None:
+    """Turn one masked layer back into the plain one, in place."""
+    layer._restore()
+    masks.detach(layer.weight, layer)
+    layer._forget()
+    del layer._buffers["weight_mask"]
+    layer.__class__ = _plain_class(type(layer))
 
 
 def from_torch_prune(model: nn.Module) -> nn.Module:

@@ -1,0 +1,139 @@
+"""explain: for every layer what it keeps, which backend runs it, and the measurements that say so."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..ops import dispatch
+from .convert import left_dense
+from .invariant import MaskedWeight
+from .linear import MaskedConv1D
+
+HEADER = ("layer", "kind", "weight", "density", "backend", "measured, in µs")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of an `Explanation`.
+
+    Attributes:
+        name, kind, shape: of the layer and its weight.
+        density: the fraction kept, 0..1.
+        backend: what runs it: one name, or "forward: cpu, backward: dense"; "undecided" before the first call.
+        note: why, where there is nothing measured.
+        measurements: rows of `dispatch.table()` that fit the layer: its shape, density and device, for the present
+            number of threads. Key "us": backend -> median microseconds.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    density: float
+    backend: str
+    note: str = ""
+    measurements: list[dict] = field(default_factory=list)
+
+    def cells(self) -> tuple[str, ...]:
+        shape = "×".join(map(str, self.shape))
+        return self.name, self.kind, shape, f"{self.density:.2%}", self.backend, self.note or self._times()
+
+    def _times(self):
+        parts = []
+        for row in self.measurements:
+            times = ", ".join(f"{name} {us:.4g}" for name, us in sorted(row["us"].items(), key=lambda item: item[1]))
+            parts.append(f"{row['direction']}, batch {row['batch']}: {times}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A table with one row per linear or convolutional layer; `str()` or `print` shows it, `rows` holds it."""
+
+    rows: list[LayerRow]
+    forced: str | None = None
+
+    def __str__(self) -> str:
+        lines = [HEADER, *(row.cells() for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        if self.forced:
+            text.append(f"SPARSELOTTERY_BACKEND={self.forced} overrides what was measured.")
+        return "\n".join(text)
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Say for each layer of a model which backend runs it on this machine, and why.
+
+    The times are those that the choice was made from (see `ops.dispatch`): measured on the first call with a batch of
+    about that size, or read from this machine's cache. Run the model once with the batch that matters before asking.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    reasons = left_dense(model)  # raises for what is not a module
+    measured = dispatch.table()
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedWeight):
+            rows.append(_masked_row(name, module, measured))
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) or name in reasons:
+            rows.append(_plain_row(name, module, reasons.get(name, "not masked: sparsify or prune changes that")))
+    return Explanation(rows, os.environ.get("SPARSELOTTERY_BACKEND") or None)
+
+
+def _plain_row(name, module, reason):
+    weight = getattr(module, "weight", None)
+    known = isinstance(weight, torch.Tensor) and not isinstance(weight, nn.parameter.UninitializedParameter)
+    shape = tuple(weight.shape) if known else ()
+    with torch.no_grad():
+        density = float((weight != 0).double().mean()) if known and weight.numel() else 1.0
+    return LayerRow(name, type(module).__name__, shape, density, "dense", reason)
+
+
+def _masked_row(name, layer, measured):
+    conv, shape = isinstance(layer, nn.Conv2d), tuple(layer.weight.shape)
+    arguments = (name, type(layer).__name__, shape, layer.density)
+    if layer.density == 1:
+        return LayerRow(*arguments, "dense", "nothing is pruned")
+    op = "masked_conv2d" if conv else "masked_linear"
+    seen = shape[::-1] if isinstance(layer, MaskedConv1D) else shape
+    bucket = dispatch.bucket_density(dispatch.density_bucket(layer.density))
+    threads = torch.get_num_threads()
+    dtype = str(layer.weight.dtype).removeprefix("torch.")
+    fitting = [
+        row
+        for row in measured
+        if row["op"] == op
+        and tuple(row["shape"])[: len(seen)] == seen
+        and (not conv or tuple(row["shape"])[-7:] == (*layer.stride, *_padding(layer), *layer.dilation, layer.groups))
+        and row.get("density") == bucket
+        and str(row.get("dtype")).removeprefix("torch.") == dtype
+        and row.get("device") == layer.weight.device.type
+        and (row["device"] != "cpu" or row["threads"] == threads)
+    ]
+    if not fitting:
+        return LayerRow(*arguments, "undecided", "not yet measured: not run so far, or only dense comes into question")
+    fitting.sort(key=lambda row: (row["direction"] != "forward", row["batch"]))
+    chosen = {}
+    for row in fitting:
+        chosen.setdefault(row["direction"], []).append(row["backend"])
+    if len({backend for found in chosen.values() for backend in found}) == 1:
+        backend = fitting[0]["backend"]
+    else:
+        backend = ", ".join(f"{direction}: {'/'.join(dict.fromkeys(found))}" for direction, found in chosen.items())
+    return LayerRow(*arguments, backend, "", fitting)
+
+
+def _padding(layer):
+    """The padding that reaches the op, as the pair in its key."""
+    if layer.padding_mode != "zeros" or layer.padding == "valid":
+        return 0, 0
+    if layer.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return layer.padding
