@@ -1,0 +1,142 @@
+"""How fast a ticket trains and answers here, against the dense network: same shapes, same batch, same machine, same minutes."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import optim
+from ..tickets.ticket import Ticket
+
+PARITY_STEPS = 5
+LOSS_TOLERANCE = 1e-4  # relative, of fp32 losses after a few steps that sum in different orders
+OUTPUT_TOLERANCE = 1e-4  # of outputs, relative to the largest
+
+
+def measure_speed(
+    ticket: Ticket,
+    make_model: Callable[[], nn.Module],
+    batch: tuple[Tensor, Tensor],
+    *,
+    lr: float = 1.2e-3,
+    rounds: int = 15,
+    burst: float = 0.01,
+    threads: int = 1,
+) -> dict:
+    """Dense time / ticket time of a training step and of inference.
+
+    Dense is a plain network with `torch.optim.Adam(fused=True)`; the ticket is the same network, masked, with `sl.optim.Adam`.
+    Both take turns for `rounds` rounds of at least `burst` seconds each, and medians are compared. Before that both must give
+    the same outputs and, trained for a few steps, the same losses.
+
+    Args:
+        make_model: a new plain network that the ticket fits. batch: x [N, *], y int64 [N].
+        threads: CPU threads for both.
+
+    Returns:
+        {"train_step": ratio, "inference": ratio, "train_step_us": {"dense": .., "ticket": ..}, "inference_us": {...},
+        "density": .., "batch_size": N, "threads": ..}; microseconds are medians.
+
+    Raises:
+        RuntimeError: the ticket computes something else than the dense network with its weights: no speed is worth that.
+    """
+    x, y = batch
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _check_parity(ticket, make_model, x, y, lr)
+        dense, masked = make_model(), ticket.apply(make_model())
+        training = {
+            "dense": _step(dense, torch.optim.Adam(dense.parameters(), lr=lr, fused=True), x, y),
+            "ticket": _step(masked, optim.Adam(masked.parameters(), lr=lr), x, y),
+        }
+        train_us = _interleaved(training, rounds, burst)
+        inference_us = _interleaved({"dense": _answer(dense, x), "ticket": _answer(masked, x)}, rounds, burst)
+    finally:
+        torch.set_num_threads(before)
+    return {
+        "train_step": train_us["dense"] / train_us["ticket"],
+        "inference": inference_us["dense"] / inference_us["ticket"],
+        "train_step_us": train_us,
+        "inference_us": inference_us,
+        "density": ticket.density,
+        "batch_size": len(x),
+        "threads": threads,
+    }
+
+
+def _step(model, optimizer, x, y) -> Callable[[], Tensor]:
+    model.train()
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _answer(model, x) -> Callable[[], Tensor]:
+    def answer():
+        with torch.inference_mode():
+            return model(x)
+
+    return answer
+
+
+def _interleaved(functions: dict[str, Callable], rounds: int, burst: float) -> dict[str, float]:
+    """Microseconds per call of each, medians over rounds in which they take turns."""
+    repeats = {}
+    for name, function in functions.items():
+        for _ in range(10):  # the first calls choose backends and fill caches
+            function()
+        begin = time.perf_counter()
+        function()
+        repeats[name] = max(1, round(burst / (time.perf_counter() - begin)))
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            for _ in range(repeats[name]):
+                function()
+            times[name].append((time.perf_counter() - begin) / repeats[name] * 1e6)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _check_parity(ticket, make_model, x, y, lr) -> None:
+    """The masked network against a plain one that holds the ticket's weights and whose gradients are masked by hand."""
+    masked = ticket.apply(make_model())
+    plain = make_model()
+    plain.load_state_dict({key: value for key, value in masked.state_dict().items() if key in plain.state_dict()})
+    for model in (masked, plain):
+        model.eval()  # dropout would differ
+    masks = {name: mask.to_dense() for name, mask in ticket.masks.items()}
+    ours, theirs = _answer(masked, x)(), _answer(plain, x)()
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= OUTPUT_TOLERANCE * theirs.abs().max().item():
+        raise RuntimeError(
+            f"the ticket's outputs differ from the dense network's with the same weights by {difference:.3g}"
+        )
+
+    ours = optim.Adam(masked.parameters(), lr=lr)
+    theirs = torch.optim.Adam(plain.parameters(), lr=lr)
+    for step in range(PARITY_STEPS):
+        losses = []
+        for model, optimizer in ((masked, ours), (plain, theirs)):
+            optimizer.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            if model is plain:
+                for name, mask in masks.items():
+                    plain.get_submodule(name).weight.grad.mul_(mask)
+            optimizer.step()
+            losses.append(loss.item())
+        if not abs(losses[0] - losses[1]) <= LOSS_TOLERANCE * abs(losses[1]):
+            raise RuntimeError(
+                f"training the ticket gives loss {losses[0]} at step {step}, the dense network {losses[1]}"
+            )
