@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sparselottery as sl
 from sparselottery import _ext
-from sparselottery.ops import reference
+from sparselottery.ops import bitmask, reference
 from sparselottery.ops.global_topk import global_topk
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -190,6 +190,22 @@ def test_layouts(name, dtype, isa):
         check([x], keep)
         eligible = [torch.rand(x.shape, generator=g) < 0.6, None]
         check([x, other], keep, eligible)
+
+
+def test_more_weights_than_32_bits_count():
+    """2**31 + 12288 weights that are rows of one memory, so that only the masks need room (268 MB)."""
+    row = torch.randn(4096, generator=torch.Generator().manual_seed(6))
+    rows = 2**19 + 3
+    order = row.abs().argsort(descending=True)
+
+    def best(count):
+        return bitmask.pack(torch.zeros(4096, dtype=torch.bool).index_fill(0, order[:count], True))
+
+    for keep in (100 * rows + 7, 4096 * rows - 5):
+        (mask,), threshold = global_topk([row.expand(rows, 4096)], keep)
+        each, more = divmod(keep, rows)
+        assert bool((mask.words[:more] == best(each + 1)).all()) and bool((mask.words[more:] == best(each)).all())
+        assert threshold == float(row.abs()[order[each]]) and mask.count == keep
 
 
 def test_weights_that_are_only_element_aligned():

@@ -42,11 +42,13 @@ constexpr int64_t kChunkItems = kChunkWords * kWordBits;
 constexpr int64_t kSampleItems = 1 << 16,
                   kSampleRun = 16;        // runs of neighbours: a cache line costs the same as a weight
 constexpr int64_t kSmall = 1 << 13;       // fewer weights than this are all collected, without a sample
-constexpr double kSigmas = 4.5;           // half width of the bracket; a miss costs more passes
+constexpr double kSigmas = 3.5;           // half width of the bracket; a miss costs more passes
 constexpr double kCandidateShare = 0.03;  // of the bytes of the weights, for the collected keys
 constexpr int64_t kMinCandidates = 1 << 14;
 constexpr int kBins = 2048;
-constexpr int64_t kParallelItems = 1 << 17;  // below, waking threads costs more than they save
+constexpr int64_t kLongRow = 8;                                // words; shorter rows are copied to be padded
+constexpr int64_t kMaxStretches = kChunkWords / kLongRow + 3;  // of a chunk: its rows, two of them in part, the copy
+constexpr int64_t kParallelItems = 1 << 17;                    // below, waking threads costs more than they save
 
 struct Layout {
   int64_t rows, columns, row_words, words, items;
@@ -88,7 +90,10 @@ void gather(const TopkTensor& t, int64_t row, int64_t column, int64_t n, Item* t
   while (n > 0) {
     const int64_t run = std::min(n, inner - column % inner);
     const Item* from = data + offset_of(t, row, column);
-    for (int64_t i = 0; i < run; i++) to[i] = from[i * step];
+    if (step == 1)
+      std::memcpy(to, from, run * sizeof(Item));
+    else
+      for (int64_t i = 0; i < run; i++) to[i] = from[i * step];
     to += run, column += run, n -= run;
   }
 }
@@ -302,18 +307,32 @@ class Selection {
     return range;
   }
 
-  // Shows the weights of a chunk as whole words: visit(stretch, allowed) for one or two stretches of it, in order.
+  // Shows the weights of a chunk as whole words: visit(stretch, allowed) for a few stretches of it, in order.
   template <class Visit>
   void view(const Chunk& chunk, Padded& padded, const Visit& visit) const {
     const TopkTensor& t = tensors_[chunk.tensor];
     const Layout& l = layouts_[chunk.tensor];
     const uint32_t* eligible = t.eligible ? t.eligible + chunk.first_word : nullptr;
     const int64_t size = item_size(t.dtype);
+    const char* data = static_cast<const char*>(t.data);
     int64_t whole = 0;
     if (l.direct) {
       whole = std::min<int64_t>(chunk.words, l.items / kWordBits - chunk.first_word);
-      const char* data = static_cast<const char*>(t.data) + chunk.first_word * kWordBits * size;
-      if (whole) visit(Stretch{data, 0, whole}, eligible);
+      if (whole) visit(Stretch{data + chunk.first_word * kWordBits * size, 0, whole}, eligible);
+    } else if (l.dense && l.row_words >= kLongRow) {
+      // A row's last word is read on into the next row, whose weights `allowed` shuts out. The last row has none after
+      // it.
+      const uint32_t tail = (1u << (l.columns % kWordBits)) - 1;
+      const int64_t end = std::min<int64_t>(chunk.words, l.words - l.row_words - chunk.first_word);
+      if (!eligible) std::fill(padded.allowed, padded.allowed + kChunkWords, ~0u);
+      while (whole < end) {
+        const int64_t word = chunk.first_word + whole, row = word / l.row_words, at = word % l.row_words;
+        const int64_t run = std::min(l.row_words - at, end - whole);
+        if (at + run == l.row_words) padded.allowed[whole + run - 1] = tail;
+        visit(Stretch{data + (row * l.columns + at * kWordBits) * size, whole, run},
+              (eligible ? eligible : padded.allowed) + whole);
+        whole += run;
+      }
     }
     if (whole == chunk.words) return;
     const auto fill = size == 2 ? pad<uint16_t> : size == 4 ? pad<uint32_t> : pad<uint64_t>;
@@ -333,7 +352,7 @@ class Selection {
       for (int64_t c = 0; c < static_cast<int64_t>(chunks_.size()); c++) {
         Chunk& chunk = chunks_[c];
         const TopkTensor& t = tensors_[chunk.tensor];
-        Stretch seen[2];
+        Stretch seen[kMaxStretches];
         int stretches = 0;
         chunk.candidates = chunk.ties = 0;
         view(chunk, *padded, [&](const Stretch& s, const uint32_t* allowed) {
@@ -429,8 +448,11 @@ class Selection {
     for (const Chunk& chunk : chunks_) {
       uint32_t* words = tensors_[chunk.tensor].words + chunk.first_word;
       for (int64_t i = chunk.place; i < chunk.place + chunk.candidates; i++) {
-        if (keys_[i] < last || (keys_[i] == last && equals-- <= 0)) continue;
-        words[places_[i] / kWordBits] |= 1u << (places_[i] % kWordBits);
+        // No branch on the comparison: half of the keys are above, in no order.
+        const bool equal = keys_[i] == last;
+        const uint32_t survives = (keys_[i] > last) | (equal & (equals > 0));
+        equals -= equal;
+        words[places_[i] / kWordBits] |= survives << (places_[i] % kWordBits);
       }
     }
   }
