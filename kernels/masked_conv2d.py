@@ -263,10 +263,11 @@ def _pack(weight, words, masked):
         return weight
     packed = torch.empty(out, kernel_h * kernel_w, channels, dtype=weight.dtype, device=weight.device)
     if packed.numel():
-        mask_weight[(triton.cdiv(packed.numel(), 1024),)](
-            weight, words, packed, out, channels, kernel_h * kernel_w, kernel_w, words.shape[1],
-            *weight.stride(), MASK=masked, BLOCK=1024,
-        )  # fmt: skip
+        with torch.cuda.device_of(weight):
+            mask_weight[(triton.cdiv(packed.numel(), 1024),)](
+                weight, words.contiguous(), packed, out, channels, kernel_h * kernel_w, kernel_w, words.shape[1],
+                *weight.stride(), MASK=masked, BLOCK=1024,
+            )  # fmt: skip
     return packed
 
 
@@ -279,12 +280,13 @@ def _gather(source, packed, lists, bias, target, groups, taps, stride, gradient,
     BM = 128
     grid = (triton.cdiv(n * rows * columns, BM), groups * triton.cdiv(channels, BN), phases[0] * phases[1])
     if 0 not in grid:
-        gather_product[grid](
-            source, packed, *lists, bias, target, n, rows, columns, source_channels // groups, channels, taps,
-            height, width, *source.stride(), *step, target_h, target_w, *target.stride(), *phases,
-            INPUT_GRADIENT=gradient, BIAS=bias is not None, PRECISION=_precision(source.dtype),
-            UPCAST=_upcast(source), BM=BM, BN=BN, BK=BK, **_GATHER,
-        )  # fmt: skip
+        with torch.cuda.device_of(source):
+            gather_product[grid](
+                source, packed, *lists, bias, target, n, rows, columns, source_channels // groups, channels, taps,
+                height, width, *source.stride(), *step, target_h, target_w, *target.stride(), *phases,
+                INPUT_GRADIENT=gradient, BIAS=bias is not None, PRECISION=_precision(source.dtype),
+                UPCAST=_upcast(source), BM=BM, BN=BN, BK=BK, **_GATHER,
+            )  # fmt: skip
     return target
 
 
@@ -338,12 +340,13 @@ def backward_weight(grad, x, words, weight_shape, stride, padding, dilation, gro
     splits = triton.cdiv(pixels, steps * BM)
     dtype = x.dtype if splits == 1 else torch.float32
     dweight = torch.zeros(splits, *weight_shape, dtype=dtype, device=x.device)
-    weight_product[(tiles.shape[0], splits)](
-        grad, x, words, tiles, dweight, grad.shape[0], *grad.shape[2:], *x.shape[2:], channels, out // groups,
-        kernel_h * kernel_w, kernel_w, words.shape[1], steps, *grad.stride(), *x.stride(), *dweight.stride(),
-        *stride, *padding, *dilation, PRECISION=_precision(x.dtype), UPCAST=_upcast(x), BM=BM, BN=BN, BK=BK,
-        **_WEIGHT,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        weight_product[(tiles.shape[0], splits)](
+            grad, x, words.contiguous(), tiles, dweight, grad.shape[0], *grad.shape[2:], *x.shape[2:], channels, out // groups,
+            kernel_h * kernel_w, kernel_w, words.shape[1], steps, *grad.stride(), *x.stride(), *dweight.stride(),
+            *stride, *padding, *dilation, PRECISION=_precision(x.dtype), UPCAST=_upcast(x), BM=BM, BN=BN, BK=BK,
+            **_WEIGHT,
+        )  # fmt: skip
     return dweight[0] if splits == 1 else dweight.sum(0).to(x.dtype)
 
 

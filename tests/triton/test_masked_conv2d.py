@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparselottery.kernels import masked_conv2d as kernels
+from sparselottery.ops import masked_conv2d as op
 from sparselottery.ops import reference
 
 # batch, in, out, height, width, kernel, stride, padding, dilation, groups
@@ -137,6 +138,19 @@ def test_lists_of_tiles_are_kept_from_call_to_call():
     before = {key: id(value) for key, value in plans.items()}
     assert torch.equal(kernels.forward(x, w, words, b, *arguments, plans=plans), first)
     assert {key: id(value) for key, value in plans.items()} == before
+
+
+def test_the_op_calls_the_kernels_with_what_they_expect():
+    (x, w, _, grad), keep, arguments = sample("groups")
+    words = reference.bitmask_pack(keep)
+    want = reference.masked_conv2d_backward(grad, x, w, words, *arguments)
+    assert op._triton() is kernels
+    for mask in ((True, True, True), (False, True, False)):
+        got = op._triton_backward(kernels, grad, x, w, words, *arguments, False, mask)
+        assert [g is not None for g in got] == list(mask)
+        for g, wanted in zip(got, want, strict=True):
+            if g is not None:
+                torch.testing.assert_close(g, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_float64_is_refused():
