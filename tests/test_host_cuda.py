@@ -3,6 +3,9 @@
 import ctypes
 import importlib.util
 import math
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -379,3 +382,44 @@ def test_harness_sees_a_missing_barrier(kernels):
     out = np.zeros(64, dtype=np.int32)
     kernels("sl_broken", b"without_barrier", out)
     assert out.tolist() != [(i + 1) % 64 for i in range(64)]
+
+
+# ---- ThreadSanitizer: one host thread per CUDA thread ----
+
+CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+# Orders what the blocks of a grid write before the ticket that tells them apart; here blocks run one after another.
+BETWEEN_BLOCKS = "what this block wrote, before its ticket"
+
+
+def barriers():
+    for path in sorted(CUDA_SOURCES.glob("*.cu*")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.search(r"__sync(threads|warp)\(\)", line) and BETWEEN_BLOCKS not in line:
+                yield f"{path.name}:{number}"
+
+
+@pytest.fixture(scope="module")
+def race_check():
+    """Runs the check, without one barrier if told so; returns the exit status and what was printed."""
+    program = load_builder().build(
+        "race_check.cpp", "-O1", "-fsanitize=thread", "-DHOST_CUDA_THREADS", "-DSL_SAMPLE_ABOVE=512"
+    )
+
+    def run(without=""):
+        environment = os.environ | {"HOST_CUDA_DROP_BARRIER": without, "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
+        done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def test_no_races(race_check):
+    status, output = race_check()
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("site", list(barriers()))
+def test_every_barrier_is_needed(race_check, site):
+    """Without any one of its barriers a kernel has a data race, and this harness sees it."""
+    status, output = race_check(without=site)
+    assert status == 66 and "data race" in output, f"{status}\n{output}"

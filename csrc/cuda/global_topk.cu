@@ -32,7 +32,10 @@ constexpr int kBatch = 8;          // loads of a lane in flight
 constexpr int kQueue = 4 * kWarp;  // candidates a warp collects in shared memory before it appends them to the pool
 constexpr int64_t kTile = kWarp * kWarp;  // positions of a tile
 constexpr int64_t kChunks = 4096;         // ties are counted in at most so many pieces
-constexpr int64_t kSampleAbove = 65536;   // shorter lists go to the pool whole
+#ifndef SL_SAMPLE_ABOVE                   // tests lower it, to take every path with few weights
+#define SL_SAMPLE_ABOVE 65536
+#endif
+constexpr int64_t kSampleAbove = SL_SAMPLE_ABOVE;  // shorter lists go to the pool whole
 constexpr int64_t kMaxSample = int64_t{1} << 20;
 constexpr double kSigmas = 4.5;
 
@@ -251,7 +254,7 @@ __device__ inline uint32_t lanes_below() { return (1u << lane_id()) - 1; }
 __device__ inline bool last_block(unsigned* ticket, unsigned blocks) {
   __shared__ bool last;
   __threadfence();
-  __syncthreads();
+  __syncthreads();  // what this block wrote, before its ticket
   if (threadIdx.x == 0) {
     last = atomicAdd(ticket, 1u) == blocks - 1;
     if (last) *ticket = 0;

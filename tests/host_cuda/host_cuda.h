@@ -72,10 +72,23 @@ inline HOST_CUDA_LOCAL unsigned turn = 0;
 
 #ifdef HOST_CUDA_THREADS
 
+// Orders memory like __syncthreads and __syncwarp, or, with `relaxed`, not at all, like a shuffle or a vote: a kernel
+// that leans on one of those instead of a barrier has a data race then, as it has on a GPU.
 struct Barrier {
-  std::barrier<> inner;
-  explicit Barrier(unsigned parties) : inner(parties) {}
-  void wait() { inner.arrive_and_wait(); }
+  unsigned parties;
+  std::atomic<unsigned> arrived{0}, round{0};
+  explicit Barrier(unsigned parties_) : parties(parties_) {}
+  void wait(bool relaxed = false) {
+    const unsigned now = round.load(std::memory_order_relaxed);
+    const auto both = relaxed ? std::memory_order_relaxed : std::memory_order_acq_rel;
+    if (arrived.fetch_add(1, both) + 1 == parties) {
+      arrived.store(0, std::memory_order_relaxed);
+      round.fetch_add(1, both);
+    } else {
+      while (round.load(relaxed ? std::memory_order_relaxed : std::memory_order_acquire) == now)
+        std::this_thread::yield();
+    }
+  }
 };
 
 #else
@@ -125,7 +138,7 @@ struct Barrier {
   unsigned parties;
   std::vector<Fiber*> waiting;
   explicit Barrier(unsigned parties_) : parties(parties_) {}
-  void wait() {
+  void wait(bool = false) {
     waiting.push_back(running);
     if (waiting.size() == parties) {
       if (reversed) {
@@ -143,8 +156,8 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier{kWarp};
-  uint64_t slots[2][kWarp];
-  int collective[2][kWarp];
+  std::atomic<uint64_t> slots[2][kWarp];
+  std::atomic<int> collective[2][kWarp];
 };
 
 struct Block {
@@ -299,14 +312,16 @@ inline unsigned lane() { return thread_id % kWarp; }
 enum Collective : int { kShuffle, kVote, kSyncWarp };
 
 // Every lane gives a value; afterwards all of them are in the returned slots.
-inline const uint64_t* gather(Collective kind, unsigned mask, uint64_t value) {
+inline const std::atomic<uint64_t>* gather(Collective kind, unsigned mask, uint64_t value) {
   if (mask != ~0u) fail("a warp collective with a partial lane mask");
   Warp& w = warp();
   const unsigned set = turn++ % 2;
-  w.slots[set][lane()] = value;
-  w.collective[set][lane()] = kind;
-  w.barrier.wait();
-  if (w.collective[set][0] != kind) fail("lanes of one warp met different collectives");
+  w.slots[set][lane()].store(value, std::memory_order_relaxed);
+  w.collective[set][lane()].store(kind, std::memory_order_relaxed);
+  w.barrier.wait(kind != kSyncWarp);
+  for (const auto& other : w.collective[set]) {
+    if (other.load(std::memory_order_relaxed) != kind) fail("lanes of one warp met different collectives");
+  }
   return w.slots[set];
 }
 
@@ -315,7 +330,7 @@ T shuffle(unsigned mask, T value, unsigned source) {
   static_assert(sizeof(T) <= 8);
   uint64_t raw = 0;
   std::memcpy(&raw, &value, sizeof(T));
-  raw = gather(kShuffle, mask, raw)[source % kWarp];
+  raw = gather(kShuffle, mask, raw)[source % kWarp].load(std::memory_order_relaxed);
   std::memcpy(&value, &raw, sizeof(T));
   return value;
 }
@@ -348,15 +363,15 @@ T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
   return host_cuda::shuffle(mask, value, l % width + by >= unsigned(width) ? l : l + by);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const uint64_t* votes = host_cuda::gather(host_cuda::kVote, mask, predicate != 0);
+  const auto* votes = host_cuda::gather(host_cuda::kVote, mask, predicate != 0);
   unsigned bits = 0;
-  for (unsigned i = 0; i < 32; ++i) bits |= unsigned(votes[i]) << i;
+  for (unsigned i = 0; i < 32; ++i) bits |= unsigned(votes[i].load(std::memory_order_relaxed)) << i;
   return bits;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == ~0u; }
 
-// ---- scalar functions and atomics ----
+// ---- scalar functions, and atomics, which order nothing ----
 
 inline int __popc(unsigned v) { return std::popcount(v); }
 inline int __popcll(unsigned long long v) { return std::popcount(v); }
@@ -375,34 +390,34 @@ inline void __threadfence() {}  // blocks run one after another
 
 template <class T>
 T atomicAdd(T* p, T v) {
-  return std::atomic_ref<T>(*p).fetch_add(v);
+  return std::atomic_ref<T>(*p).fetch_add(v, std::memory_order_relaxed);
 }
 template <class T>
 T atomicOr(T* p, T v) {
-  return std::atomic_ref<T>(*p).fetch_or(v);
+  return std::atomic_ref<T>(*p).fetch_or(v, std::memory_order_relaxed);
 }
 template <class T>
 T atomicExch(T* p, T v) {
-  return std::atomic_ref<T>(*p).exchange(v);
+  return std::atomic_ref<T>(*p).exchange(v, std::memory_order_relaxed);
 }
 template <class T>
 T atomicCAS(T* p, T expected, T v) {
-  std::atomic_ref<T>(*p).compare_exchange_strong(expected, v);
+  std::atomic_ref<T>(*p).compare_exchange_strong(expected, v, std::memory_order_relaxed);
   return expected;
 }
 template <class T>
 T atomicMin(T* p, T v) {
   std::atomic_ref<T> at(*p);
-  T old = at.load();
-  while (v < old && !at.compare_exchange_weak(old, v)) {
+  T old = at.load(std::memory_order_relaxed);
+  while (v < old && !at.compare_exchange_weak(old, v, std::memory_order_relaxed)) {
   }
   return old;
 }
 template <class T>
 T atomicMax(T* p, T v) {
   std::atomic_ref<T> at(*p);
-  T old = at.load();
-  while (v > old && !at.compare_exchange_weak(old, v)) {
+  T old = at.load(std::memory_order_relaxed);
+  while (v > old && !at.compare_exchange_weak(old, v, std::memory_order_relaxed)) {
   }
   return old;
 }
