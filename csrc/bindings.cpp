@@ -95,6 +95,28 @@ PYBIND11_MODULE(_C, m) {
     sl::cpu::bitmask_apply(as<void>(weights), item_size, as<const uint32_t>(words), sizes.size(), sizes.data(),
                            strides.data());
   });
+#ifdef SPARSELOTTERY_CUDA
+  m.def("cuda_bitmask_pack",
+        [](uintptr_t dense, int64_t rows, int64_t columns, uintptr_t words, uintptr_t stream) {
+          sl::cuda::bitmask_pack(as<const uint8_t>(dense), rows, columns, as<uint32_t>(words), as<void>(stream));
+        });
+  m.def("cuda_bitmask_unpack",
+        [](uintptr_t words, int64_t rows, int64_t columns, uintptr_t dense, uintptr_t stream) {
+          sl::cuda::bitmask_unpack(as<const uint32_t>(words), rows, columns, as<uint8_t>(dense), as<void>(stream));
+        });
+  m.def("cuda_bitmask_count", [](uintptr_t words, int64_t count, uintptr_t out, uintptr_t stream) {
+    sl::cuda::bitmask_count(as<const uint32_t>(words), count, as<int64_t>(out), as<void>(stream));
+  });
+  m.def("cuda_bitmask_hamming", [](uintptr_t a, uintptr_t b, int64_t count, uintptr_t out, uintptr_t stream) {
+    sl::cuda::bitmask_hamming(as<const uint32_t>(a), as<const uint32_t>(b), count, as<int64_t>(out), as<void>(stream));
+  });
+  m.def("cuda_bitmask_apply",
+        [](uintptr_t weights, int64_t item_size, uintptr_t words, const std::vector<int64_t>& sizes,
+           const std::vector<int64_t>& strides, uintptr_t stream) {
+          sl::cuda::bitmask_apply(as<void>(weights), item_size, as<const uint32_t>(words), sizes.size(), sizes.data(),
+                                  strides.data(), as<void>(stream));
+        });
+#endif
 
   // global_topk
   m.def("cpu_global_topk", [](const std::vector<TopkArguments>& arguments, int64_t keep, bool by_value) {
@@ -103,6 +125,18 @@ PYBIND11_MODULE(_C, m) {
     const sl::TopkResult result = sl::cpu::global_topk(tensors.data(), tensors.size(), keep, by_value);
     return std::make_pair(result.nan_tensor, result.threshold);
   });
+#ifdef SPARSELOTTERY_CUDA
+  m.def("cuda_global_topk_scratch", [](const std::vector<TopkArguments>& arguments) {
+    const auto tensors = topk_tensors(arguments);
+    return sl::cuda::global_topk_scratch(tensors.data(), tensors.size());
+  });
+  m.def("cuda_global_topk", [](const std::vector<TopkArguments>& arguments, int64_t keep, bool by_value,
+                               uintptr_t scratch, uintptr_t result, uintptr_t stream) {
+    const auto tensors = topk_tensors(arguments);
+    sl::cuda::global_topk(tensors.data(), tensors.size(), keep, by_value, as<void>(scratch),
+                          as<sl::TopkResult>(result), as<void>(stream));
+  });
+#endif
 
   // isa
   m.def("cpu_isa", [] { return sl::cpu::isa_name(sl::cpu::isa()); });

@@ -6,6 +6,7 @@ Words are int32 `[rows, ceil(columns / 32)]` (see `reference`). Backends: refere
 import torch
 from torch import Tensor
 
+from .. import _ext
 from .._ext import extension
 from . import reference
 from .library import LIBRARY
@@ -174,6 +175,65 @@ LIBRARY.impl("bitmask_unpack", _unpack, "CompositeExplicitAutograd")
 LIBRARY.impl("bitmask_count", _count, "CompositeExplicitAutograd")
 LIBRARY.impl("bitmask_hamming", _hamming, "CompositeExplicitAutograd")
 LIBRARY.impl("bitmask_apply_", _apply, "CompositeExplicitAutograd")
+
+# ---- CUDA kernels, where the extension was built with nvcc; plain torch on the GPU otherwise (above) ----
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The address of the current CUDA stream of the tensor's device."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _pack_cuda(dense):
+    dense = dense.contiguous()
+    words = dense.new_empty(words_shape(dense.shape), dtype=torch.int32)
+    with torch.cuda.device_of(dense):
+        extension().cuda_bitmask_pack(dense.data_ptr(), *rows_columns(dense.shape), words.data_ptr(), stream_of(dense))
+    return words
+
+
+def _unpack_cuda(words, shape):
+    words = words.contiguous()
+    dense = words.new_empty(shape, dtype=torch.bool)
+    with torch.cuda.device_of(words):
+        extension().cuda_bitmask_unpack(words.data_ptr(), *rows_columns(shape), dense.data_ptr(), stream_of(words))
+    return dense
+
+
+def _count_cuda(words):
+    words = words.contiguous()
+    out = words.new_empty((), dtype=torch.int64)
+    with torch.cuda.device_of(words):
+        extension().cuda_bitmask_count(words.data_ptr(), words.numel(), out.data_ptr(), stream_of(words))
+    return out
+
+
+def _hamming_cuda(a, b):
+    a, b = a.contiguous(), b.contiguous()
+    out = a.new_empty((), dtype=torch.int64)
+    with torch.cuda.device_of(a):
+        extension().cuda_bitmask_hamming(a.data_ptr(), b.data_ptr(), a.numel(), out.data_ptr(), stream_of(a))
+    return out
+
+
+def _apply_cuda(tensor, words):
+    sizes, strides = rows_and_strides(tensor)
+    if len(sizes) > 8:  # more than the kernel takes
+        reference.bitmask_apply_(tensor, words)
+        return
+    words = words.contiguous()
+    with torch.cuda.device_of(tensor):
+        extension().cuda_bitmask_apply(
+            tensor.data_ptr(), tensor.element_size(), words.data_ptr(), sizes, strides, stream_of(tensor)
+        )
+
+
+if hasattr(_ext._C, "cuda_bitmask_pack"):
+    LIBRARY.impl("bitmask_pack", _pack_cuda, "CUDA")
+    LIBRARY.impl("bitmask_unpack", _unpack_cuda, "CUDA")
+    LIBRARY.impl("bitmask_count", _count_cuda, "CUDA")
+    LIBRARY.impl("bitmask_hamming", _hamming_cuda, "CUDA")
+    LIBRARY.impl("bitmask_apply_", _apply_cuda, "CUDA")
 
 
 @torch.library.register_fake("sparselottery::bitmask_pack")

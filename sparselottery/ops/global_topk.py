@@ -4,10 +4,12 @@ Ties go to the lowest flat index in list order, -0 equals +0, infinities are ord
 cpu (csrc/cpu/global_topk.cpp), cuda, triton.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
-from .. import masks
+from .. import _ext, kernels, masks
 from .._ext import DTYPE_CODES, extension
 from . import bitmask, reference
 from .bitmask import rows_and_strides, words_shape
@@ -129,9 +131,52 @@ def _scalars(threshold, nan_tensor, tensors):
     return threshold, torch.tensor(nan_tensor, dtype=torch.int64, device=device)
 
 
+def _cuda(tensors, keep, eligible, by_value):
+    """One pass of csrc/cuda/global_topk.cu; the host does not wait for the device."""
+    first = tensors[0]
+    kept = [t.new_empty(words_shape(t.shape), dtype=torch.int32) for t in tensors]
+    held = [None if w is None else w.contiguous() for w in eligible]
+    dense = [t.contiguous() for t in tensors]
+    arguments = [
+        (t.data_ptr(), DTYPE_CODES[t.dtype], *rows_and_strides(t), 0 if w is None else w.data_ptr(), k.data_ptr())
+        for t, w, k in zip(dense, held, kept, strict=True)
+    ]
+    with torch.cuda.device_of(first):
+        library = extension()
+        scratch = first.new_empty(library.cuda_global_topk_scratch(arguments), dtype=torch.uint8)
+        result = first.new_empty(2, dtype=torch.int64)
+        library.cuda_global_topk(
+            arguments, keep, by_value, scratch.data_ptr(), result.data_ptr(), bitmask.stream_of(first)
+        )
+    return kept, result.view(torch.float64)[1].clone(), result[0].clone()
+
+
+def _triton(tensors, keep, eligible, by_value):
+    from ..kernels import global_topk as kernel
+
+    return kernel.select(tensors, keep, eligible, by_value)
+
+
+def backend_of(device: torch.device) -> str:
+    """Which backend ranks tensors of this device: "cpu", "cuda", "triton" or "reference".
+
+    On a GPU the first of CUDA C++, Triton and plain torch that is there; SPARSELOTTERY_BACKEND may name another.
+    """
+    if device.type != "cuda":
+        return "cpu" if device.type == "cpu" else "reference"
+    there = {"cuda": hasattr(_ext._C, "cuda_global_topk"), "triton": kernels.AVAILABLE, "reference": True}
+    forced = os.environ.get("SPARSELOTTERY_BACKEND")
+    if there.get(forced):
+        return forced
+    return next(name for name, is_there in there.items() if is_there)
+
+
+_BACKENDS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
+
+
 def _dispatch(tensors, keep, eligible, by_value):
-    on_cpu = all(t.device.type == "cpu" for t in tensors)
-    return (_cpu if on_cpu else _reference)(tensors, keep, eligible, by_value)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return _BACKENDS[backend_of(device)](tensors, keep, eligible, by_value)
 
 
 LIBRARY.impl("global_topk", _dispatch, "CompositeExplicitAutograd")
