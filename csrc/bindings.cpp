@@ -96,14 +96,12 @@ PYBIND11_MODULE(_C, m) {
                            strides.data());
   });
 #ifdef SPARSELOTTERY_CUDA
-  m.def("cuda_bitmask_pack",
-        [](uintptr_t dense, int64_t rows, int64_t columns, uintptr_t words, uintptr_t stream) {
-          sl::cuda::bitmask_pack(as<const uint8_t>(dense), rows, columns, as<uint32_t>(words), as<void>(stream));
-        });
-  m.def("cuda_bitmask_unpack",
-        [](uintptr_t words, int64_t rows, int64_t columns, uintptr_t dense, uintptr_t stream) {
-          sl::cuda::bitmask_unpack(as<const uint32_t>(words), rows, columns, as<uint8_t>(dense), as<void>(stream));
-        });
+  m.def("cuda_bitmask_pack", [](uintptr_t dense, int64_t rows, int64_t columns, uintptr_t words, uintptr_t stream) {
+    sl::cuda::bitmask_pack(as<const uint8_t>(dense), rows, columns, as<uint32_t>(words), as<void>(stream));
+  });
+  m.def("cuda_bitmask_unpack", [](uintptr_t words, int64_t rows, int64_t columns, uintptr_t dense, uintptr_t stream) {
+    sl::cuda::bitmask_unpack(as<const uint32_t>(words), rows, columns, as<uint8_t>(dense), as<void>(stream));
+  });
   m.def("cuda_bitmask_count", [](uintptr_t words, int64_t count, uintptr_t out, uintptr_t stream) {
     sl::cuda::bitmask_count(as<const uint32_t>(words), count, as<int64_t>(out), as<void>(stream));
   });
@@ -133,8 +131,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_global_topk", [](const std::vector<TopkArguments>& arguments, int64_t keep, bool by_value,
                                uintptr_t scratch, uintptr_t result, uintptr_t stream) {
     const auto tensors = topk_tensors(arguments);
-    sl::cuda::global_topk(tensors.data(), tensors.size(), keep, by_value, as<void>(scratch),
-                          as<sl::TopkResult>(result), as<void>(stream));
+    sl::cuda::global_topk(tensors.data(), tensors.size(), keep, by_value, as<void>(scratch), as<sl::TopkResult>(result),
+                          as<void>(stream));
   });
 #endif
 

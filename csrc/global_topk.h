@@ -33,10 +33,10 @@ TopkResult global_topk(const TopkTensor* tensors, int64_t count, int64_t keep, b
 
 namespace cuda {
 
-// `data`, `eligible` and `words` are device memory of one device. All tensors contiguous (the op sees to it); dtypes may be
-// mixed. Scratch is device memory of at least global_topk_scratch(...) bytes, 256-byte aligned, contents arbitrary: 2 % of
-// the weights' bytes and about 0.6 MB. `result` is device memory. Nothing waits for the device or copies from the host, so
-// that a call can be captured in a CUDA graph.
+// `data`, `eligible` and `words` are device memory of one device. All tensors contiguous (the op sees to it); dtypes
+// may be mixed. Scratch is device memory of at least global_topk_scratch(...) bytes, 256-byte aligned, contents
+// arbitrary: 2 % of the weights' bytes and about 0.6 MB. `result` is device memory. Nothing waits for the device or
+// copies from the host, so that a call can be captured in a CUDA graph.
 int64_t global_topk_scratch(const TopkTensor* tensors, int64_t count);
 void global_topk(const TopkTensor* tensors, int64_t count, int64_t keep, bool by_value, void* scratch,
                  TopkResult* result, void* stream);
