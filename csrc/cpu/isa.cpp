@@ -1,5 +1,7 @@
 #include "isa.h"
 
+#include <omp.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -51,6 +53,8 @@ bool has_isa(Isa isa) {
 #endif
   return isa == Isa::kPortable;
 }
+
+int max_threads() { return omp_get_max_threads(); }
 
 const char* isa_name(Isa isa) {
   switch (isa) {

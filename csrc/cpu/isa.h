@@ -19,4 +19,8 @@ const char* isa_name(Isa isa);
 // Whether this CPU (and this build) can run it.
 bool has_isa(Isa isa);
 
+// The threads that a kernel may use: what torch.set_num_threads says, as long as there is one OpenMP pool in the
+// process.
+int max_threads();
+
 }  // namespace sl::cpu

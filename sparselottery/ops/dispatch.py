@@ -83,9 +83,16 @@ def is_reproducible() -> bool:
     return _reproducible > 0
 
 
-def lookup(op: str, key: Hashable) -> str | None:
-    """The cached decision; None when there is none, or when the environment or `reproducible()` has a say (then `choose`)."""
-    if _reproducible or os.environ.get("SPARSELOTTERY_BACKEND"):
+def lookup(op: str, key: Hashable | None) -> str | None:
+    """The cached decision; None when there is none, or where the environment or `reproducible()` has a say: then `choose`.
+
+    A key of None says that only dense can win: "dense", unless the environment has a say.
+    """
+    if os.environ.get("SPARSELOTTERY_BACKEND"):
+        return None
+    if key is None:
+        return "dense"
+    if _reproducible:
         return None
     known = _decisions.get(op)
     return known.get(key) if known is not None else None

@@ -1,45 +1,37 @@
 """Masked linear layer as an op: y = x (W∘M)ᵀ + b, with dX = dY (W∘M), dW∘M and db.
 
-Source: the subnetwork f(x; m∘θ) of Frankle & Carbin 2019, section 1. Backends: reference, dense (the library's matmul, the
-mask applied to dW in place) and those of `candidates` below, chosen per call by `dispatch`.
+Source: the subnetwork f(x; m∘θ) of Frankle & Carbin 2019, section 1. Backends: reference; dense (the library's matmul, the
+mask applied to dW in place); cpu (csrc/cpu/masked_linear.cpp, float32, unstructured sparse); triton. `dispatch` chooses.
 
-A weight off the mask counts as +0 whatever it holds, NaN and inf too. Where x or dY holds inf or NaN, a sparse backend leaves
-out the products with dead weights that a dense one turns into NaN.
+A weight off the mask counts as +0 whatever it holds, NaN and inf too. Where x or dY holds inf or NaN, a sparse backend
+leaves out the products with dead weights that a dense one turns into NaN.
 """
 
+import os
+import threading
+import weakref
+
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dispatch, reference
+from .. import _ext
+from . import bitmask, dispatch, reference
 from .library import LIBRARY
 
 OP = "masked_linear"
+
+# Where no sparse backend has ever won: not worth a measurement.
+_SMALLEST = 4096  # weights
+_DENSEST = 0.7
+_MOST = 2**32  # weights that the CPU index can number
 
 LIBRARY.define("masked_linear(Tensor x, Tensor weight, Tensor words, Tensor? bias, bool premasked) -> Tensor")
 LIBRARY.define(
     "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor words, bool premasked, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor)"
 )
-
-
-# ---- dense: the library's matmul ----
-
-
-def _masked(weight, words, premasked):
-    return weight if premasked else reference.bitmask_apply_(weight.clone(), words)
-
-
-def _dense(x, weight, words, bias, premasked):
-    return F.linear(x, _masked(weight, words, premasked), bias)
-
-
-def _dense_backward(grad, x, weight, words, premasked, output_mask):
-    dx = grad @ _masked(weight, words, premasked) if output_mask[0] else _none(grad)
-    dw = _none(grad)
-    if output_mask[1]:
-        dw = reference.bitmask_apply_(_rows(grad).t() @ _rows(x), words)
-    return dx, dw, _rows(grad).sum(0) if output_mask[2] else _none(grad)
 
 
 def _rows(t):
@@ -52,28 +44,283 @@ def _none(like):
     return like.new_empty(0)
 
 
-# ---- the ops ----
+# ---- reference and dense ----
 
 
 def _reference_backward(grad, x, weight, words, output_mask):
-    gradients = reference.masked_linear_backward(grad, x, weight, words)
+    inputs = x if output_mask[1] else grad.new_zeros(*grad.shape[:-1], weight.shape[1])
+    gradients = reference.masked_linear_backward(grad, inputs, weight, words)
     return tuple(g if wanted else _none(grad) for g, wanted in zip(gradients, output_mask, strict=True))
 
 
+def _masked(weight, words, premasked):
+    return weight if premasked else bitmask.apply_(weight.clone(memory_format=torch.contiguous_format), words)
+
+
+def _dense(x, weight, words, bias, premasked):
+    return F.linear(x, _masked(weight, words, premasked), bias)
+
+
+def _dense_backward(grad, x, weight, words, premasked, output_mask):
+    dx = grad @ _masked(weight, words, premasked) if output_mask[0] else _none(grad)
+    dw = bitmask.apply_(_rows(grad).t() @ _rows(x), words) if output_mask[1] else _none(grad)
+    return dx, dw, _rows(grad).sum(0) if output_mask[2] else _none(grad)
+
+
+# ---- cpu: an index of the survivors per mask ----
+
+
+class _Index:
+    """What is known about one words tensor: its density and, once the cpu backend has run, the survivors' index.
+
+    The index holds the surviving weights' values too, gathered again when the weight is another tensor or its version counter
+    moved. Writes through `.data` move no counter: a sample of words and values is compared on each call, which finds an
+    optimizer that works that way (it changes nearly everything), though not the change of a single element.
+    """
+
+    __slots__ = ("__weakref__", "bucket", "gradient", "plan", "ref", "shape", "version", "weight", "weight_version")
+
+    def __init__(self, words, shape):
+        self.ref = weakref.ref(words, lambda _, key=id(words): _INDEXES.pop(key, None))
+        self.version = words._version
+        self.shape = shape
+        total = shape[0] * shape[1]
+        self.bucket = dispatch.density_bucket(bitmask.count(words) / total) if total else 0
+        self.plan = None
+        self.weight = self.weight_version = None
+        self.gradient = _Memory()
+
+    def plan_for(self, words, weight):
+        """The index with this weight's values, or with none, so that they will be gathered."""
+        words = words.contiguous()
+        address = weight.data_ptr()
+        if self.plan is None or not self.plan.same_words(words.data_ptr()):
+            self.plan = _ext.extension().CpuMaskedLinearPlan(words.data_ptr(), *self.shape)
+        elif (
+            self.weight is None
+            or self.weight() is not weight
+            or self.weight_version != (weight._version, address)
+            or not self.plan.same_values(address)
+        ):
+            self.plan.invalidate_values()
+        else:
+            return self.plan
+        self.weight = weakref.ref(weight)
+        self.weight_version = (weight._version, address)
+        return self.plan
+
+
+class _Memory:
+    """Memory for a weight's gradient, lent out again once no tensor uses it.
+
+    Fresh pages for a large gradient cost as much as a sparse backward (64 MiB: 16384 page faults). What the memory holds is of no
+    account, the kernels write every element; whether it is still in use is told by the array that torch's storage keeps alive.
+    """
+
+    __slots__ = ("base", "lease", "lock")
+    SMALLEST = 2**18  # elements; below, malloc recycles by itself
+
+    def __init__(self):
+        self.base = self.lease = None
+        self.lock = threading.Lock()
+
+    def tensor(self, shape):
+        if shape[0] * shape[1] < self.SMALLEST:
+            return torch.empty(shape, dtype=torch.float32)
+        with self.lock:
+            if self.base is None or self.lease() is not None:
+                raw = numpy.empty(shape[0] * shape[1] + 16, numpy.float32)
+                start = -raw.ctypes.data // 4 % 16  # on a cache line
+                self.base = raw[start : start + shape[0] * shape[1]]
+            view = self.base.reshape(shape)
+            self.lease = weakref.ref(view)
+            return torch.from_numpy(view)
+
+
+_INDEXES: dict[int, _Index] = {}  # by id(words): an entry goes with its tensor
+
+
+def _index(words, shape):
+    known = _INDEXES.get(id(words))
+    if known is None or known.ref() is not words or known.version != words._version or known.shape != shape:
+        known = _INDEXES[id(words)] = _Index(words, shape)
+    return known
+
+
+def _unit_rows(t):
+    """`[*, n]` -> `[rows, n]` with neighbours in a row next to each other, copied only where they are not."""
+    t = _rows(t)
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _cpu(x, weight, words, bias):
+    weight = weight.contiguous()
+    shape = tuple(weight.shape)
+    rows = _unit_rows(x)
+    y = torch.empty(rows.shape[0], shape[0])
+    bias = bias.contiguous() if bias is not None else None
+    _index(words, shape).plan_for(words, weight).forward(
+        rows.data_ptr(),
+        rows.stride(0),
+        rows.shape[0],
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        0,
+    )
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], shape[0])
+
+
+def _cpu_backward(grad, x, weight, words, output_mask):
+    if not (output_mask[0] or output_mask[1]) or weight.numel() == 0:
+        return _dense_backward(grad, x, weight, words, True, output_mask)
+    weight = weight.contiguous()
+    shape = tuple(weight.shape)
+    index = _index(words, shape)
+    rows = _unit_rows(grad)
+    inputs = _unit_rows(x) if output_mask[1] else None
+    dx = torch.empty(*grad.shape[:-1], shape[1]) if output_mask[0] else _none(grad)
+    dw = index.gradient.tensor(shape) if output_mask[1] else _none(grad)
+    db = torch.empty(shape[0]) if output_mask[2] else _none(grad)
+    index.plan_for(words, weight).backward(
+        rows.data_ptr(),
+        rows.stride(0),
+        0 if inputs is None else inputs.data_ptr(),
+        0 if inputs is None else inputs.stride(0),
+        rows.shape[0],
+        weight.data_ptr(),
+        dx.data_ptr() if output_mask[0] else 0,
+        dw.data_ptr() if output_mask[1] else 0,
+        db.data_ptr() if output_mask[2] else 0,
+        0,
+    )
+    return dx, dw, db
+
+
+# ---- triton ----
+
+
+def _triton():
+    from ..kernels import masked_linear
+
+    return masked_linear
+
+
+def _triton_backward(grad, x, weight, words, output_mask):
+    rows = _rows(grad)
+    dx = dw = None
+    if output_mask[0]:
+        dx = _triton().backward_input(rows, weight, words).view(*grad.shape[:-1], weight.shape[1])
+    if output_mask[1]:
+        dw = _triton().backward_weight(rows, _rows(x), words)
+    db = rows.sum(0) if output_mask[2] else None
+    return tuple(_none(grad) if g is None else g for g in (dx, dw, db))
+
+
+# ---- the choice ----
+
+
+def _key(direction, t, weight, words, *extra):
+    """dispatch's key for a call whose batch is `t`'s leading dimensions; None where only dense can win."""
+    numel = weight.numel()
+    if numel < _SMALLEST or numel >= _MOST:
+        return None
+    if t.is_cpu:
+        if t.dtype is not torch.float32 or _ext.WHY_NOT is not None or not weight.is_contiguous():
+            return None
+    elif not t.is_cuda:
+        return None
+    shape = tuple(weight.shape)
+    try:
+        index = _index(words, shape)
+        _ = weight._version
+    except RuntimeError:  # inference tensors keep no version counter: nothing about them can be cached
+        return None
+    if index.bucket < 2:
+        return None
+    batch = t.numel() // t.shape[-1]
+    if batch == 0:
+        return None
+    dtype = "float32" if t.is_cpu else str(t.dtype)[6:]
+    batch = dispatch.batch_bucket(batch)
+    return (direction, shape, dtype, index.bucket, batch, torch.get_num_threads(), t.device.type, *extra)
+
+
+def _candidates(t, dense, cpu, triton, plain):
+    """name -> call, of those that these tensors allow."""
+    candidates = {"dense": dense, "reference": plain}
+    if t.dtype is torch.float32 and t.is_cpu and _ext.WHY_NOT is None:
+        candidates["cpu"] = cpu
+    if t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        from .. import kernels
+
+        if kernels.AVAILABLE:
+            candidates["triton"] = triton
+    return candidates
+
+
+def _choose(direction, key, candidates):
+    measurable = candidates
+    if key is None:  # forced by the environment
+        key = (direction,)
+    elif key[6] == "cpu":  # Triton's interpreter is for tests: it runs when it is asked for, not in a measurement
+        measurable = {n: c for n, c in candidates.items() if n != "triton" or os.environ.get("SPARSELOTTERY_BACKEND")}
+    return dispatch.choose(OP, key, measurable, rule=lambda: _rule(key))
+
+
+def _rule(key):
+    """Fixed densities below which sparse is safely faster than dense, from measurements with a margin (docs: bench/)."""
+    direction, _, _, bucket, batch, _, device, *_ = key
+    if device != "cpu":
+        return "dense"
+    isa = _ext.extension().cpu_isa()
+    if isa == "portable":
+        return "dense"
+    densest = {"avx512": 0.2, "avx2": 0.12}[isa]
+    if batch < 16:
+        densest = 0.12 if batch == 1 and direction == "forward" else 0.05
+    elif batch < 32:
+        densest /= 2
+    return "cpu" if dispatch.bucket_density(bucket) <= densest else "dense"
+
+
+# ---- the ops ----
+
+
 def _forward(x, weight, words, bias, premasked):
-    candidates = {
-        "dense": lambda: _dense(x, weight, words, bias, premasked),
-        "reference": lambda: reference.masked_linear(x, weight, words, bias),
-    }
-    return candidates[dispatch.choose(OP, ("forward", tuple(weight.shape)), candidates, rule=lambda: "dense")]()
+    key = _key("forward", x, weight, words, premasked)
+    name = dispatch.lookup(OP, key)
+    if name == "dense":
+        return _dense(x, weight, words, bias, premasked)
+    if name == "cpu":
+        return _cpu(x, weight, words, bias)
+    candidates = _candidates(
+        x,
+        lambda: _dense(x, weight, words, bias, premasked),
+        lambda: _cpu(x, weight, words, bias),
+        lambda: _triton().forward(_rows(x), weight, words, bias).view(*x.shape[:-1], weight.shape[0]),
+        lambda: reference.masked_linear(x, weight, words, bias),
+    )
+    return candidates[name or _choose("forward", key, candidates)]()
 
 
 def _backward(grad, x, weight, words, premasked, output_mask):
-    candidates = {
-        "dense": lambda: _dense_backward(grad, x, weight, words, premasked, output_mask),
-        "reference": lambda: _reference_backward(grad, x, weight, words, output_mask),
-    }
-    return candidates[dispatch.choose(OP, ("backward", tuple(weight.shape)), candidates, rule=lambda: "dense")]()
+    key = None
+    if output_mask[0] or output_mask[1]:
+        key = _key("backward", grad, weight, words, premasked, *output_mask)
+    name = dispatch.lookup(OP, key)
+    if name == "dense":
+        return _dense_backward(grad, x, weight, words, premasked, output_mask)
+    if name == "cpu":
+        return _cpu_backward(grad, x, weight, words, output_mask)
+    candidates = _candidates(
+        grad,
+        lambda: _dense_backward(grad, x, weight, words, premasked, output_mask),
+        lambda: _cpu_backward(grad, x, weight, words, output_mask),
+        lambda: _triton_backward(grad, x, weight, words, output_mask),
+        lambda: _reference_backward(grad, x, weight, words, output_mask),
+    )
+    return candidates[name or _choose("backward", key, candidates)]()
 
 
 LIBRARY.impl("masked_linear", _forward, "CompositeExplicitAutograd")
@@ -92,15 +339,13 @@ def _(grad, x, weight, words, premasked, output_mask):
 
 
 class _MaskedLinear(torch.autograd.Function):
+    # forward takes ctx: with a setup_context apart, `apply` inspects forward's signature on each call (20 of 28 us).
     @staticmethod
-    def forward(x, weight, words, bias, premasked):
-        return torch.ops.sparselottery.masked_linear(x, weight, words, bias, premasked)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, words, bias, ctx.premasked = inputs
+    def forward(ctx, x, weight, words, bias, premasked):
+        ctx.premasked = premasked
         # As F.linear does, keep x only where dW will be asked for.
-        ctx.save_for_backward(x if weight.requires_grad else x.new_empty(0), weight, words)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), weight, words)
+        return torch.ops.sparselottery.masked_linear(x, weight, words, bias, premasked)
 
     @staticmethod
     def backward(ctx, grad):

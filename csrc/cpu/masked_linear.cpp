@@ -1,0 +1,386 @@
+// Index structures, workspace and choice of instruction set for masked_linear on a CPU; the loops are in
+// masked_linear_simd.cpp.
+#include "masked_linear.h"
+
+#include <omp.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+#include "common.h"
+#include "isa.h"
+#include "masked_linear_simd.h"
+
+namespace sl::cpu {
+namespace {
+
+constexpr int64_t kMaxPanel = 65536;     // an index in a panel has 16 bits
+constexpr int64_t kSmallWork = 1 << 17;  // multiply-adds below which waking other threads costs more than it saves
+constexpr int64_t kAhead = 3;            // segments whose weights are fetched ahead of their use
+constexpr int64_t kSamples = 64;         // words and weights that looks_like compares
+
+struct Kernels {
+  int64_t width, max_tile;
+  void (*forward)(const ForwardArgs&);
+  void (*backward)(const BackwardArgs&);
+  void (*vector)(const VectorArgs&);
+};
+
+#define SL_KERNELS(ns)                                                                                              \
+  Kernels {                                                                                                         \
+    ns::masked_linear_width(), ns::masked_linear_max_tile(), ns::masked_linear_forward, ns::masked_linear_backward, \
+        ns::masked_linear_vector                                                                                    \
+  }
+
+Kernels kernels(int64_t batch) {
+#if defined(__x86_64__)
+  const Isa best = isa();
+  // Up to half a vector of batch, the narrower instructions move half the bytes.
+  if (best == Isa::kAvx512 && batch > avx512::masked_linear_width() / 2) return SL_KERNELS(avx512);
+  if (best != Isa::kPortable) return SL_KERNELS(avx2);
+#endif
+  (void)batch;
+  return SL_KERNELS(portable);
+}
+
+// 64-byte aligned memory that is not initialized.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  float* reserve(int64_t floats) {
+    if (floats > capacity_) {
+      std::free(data_);
+      capacity_ = 0;
+      data_ = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
+      if (data_ == nullptr) throw std::bad_alloc();
+      capacity_ = floats;
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+// Tiles are as large as a batch tile of activations, and fresh pages for them cost as much as a sparse product: each
+// thread that calls keeps its own.
+struct Workspace {
+  Buffer x, y, dx, dw;
+};
+thread_local Workspace workspace;
+
+// Owns what a SparseLayout points to.
+struct Order {
+  SparseLayout layout{};
+  std::vector<uint32_t> begin, line;
+  std::vector<uint16_t> index;
+  std::unique_ptr<float[]> value;
+  bool has_values = false;
+
+  // The survivors in `lines` x `minors`: offsets[line] .. offsets[line + 1] of `minor`, ascending in each line. If
+  // `where` is given, where[i] becomes the new place of survivor i.
+  void build(int64_t lines, int64_t minors, int64_t block, int64_t panel, const std::vector<uint32_t>& offsets,
+             const std::vector<uint32_t>& minor, std::vector<uint32_t>* where) {
+    const int64_t panels = std::max<int64_t>(1, (minors + panel - 1) / panel);
+    const int64_t blocks = (lines + block - 1) / block;
+    const int64_t count = static_cast<int64_t>(minor.size());
+    begin.resize(lines * panels + 1);
+    line.resize(lines * panels);
+    index.resize(count);
+    value.reset(new float[count]);
+    std::vector<uint32_t> cursor(offsets.begin(), offsets.end() - 1), end(lines), sorted(lines);
+    uint32_t place = 0;
+    int64_t segment = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t first = b * block, last = std::min(first + block, lines);
+      for (int64_t p = 0; p < panels; p++) {
+        const uint32_t limit = static_cast<uint32_t>(std::min((p + 1) * panel, minors));
+        for (int64_t i = first; i < last; i++) {
+          const auto from = minor.begin() + cursor[i], to = minor.begin() + offsets[i + 1];
+          end[i] = static_cast<uint32_t>(std::lower_bound(from, to, limit) - minor.begin());
+        }
+        std::iota(sorted.begin() + first, sorted.begin() + last, static_cast<uint32_t>(first));
+        std::stable_sort(sorted.begin() + first, sorted.begin() + last,
+                         [&](uint32_t a, uint32_t c) { return end[a] - cursor[a] < end[c] - cursor[c]; });
+        for (int64_t r = first; r < last; r++) {
+          const uint32_t i = sorted[r];
+          begin[segment] = place;
+          line[segment++] = i;
+          for (uint32_t k = cursor[i]; k < end[i]; k++, place++) {
+            index[place] = static_cast<uint16_t>(minor[k] - p * panel);
+            if (where != nullptr) (*where)[k] = place;
+          }
+          cursor[i] = end[i];
+        }
+      }
+    }
+    begin[segment] = place;
+    layout = {lines, minors, block, panel, blocks, panels, begin.data(), line.data(), index.data(), value.get()};
+  }
+};
+
+int thread_count(int64_t work) { return work < kSmallWork || omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
+// The batch as full tiles of T vectors and a rest of fewer, so that no vector of batch is computed in vain: run(first,
+// rows, T) for each part. Four vectors keep enough sums in flight, and a panel of features then fits the first-level
+// cache.
+template <class Run>
+void in_tiles(const Kernels& k, int64_t batch, int64_t wish, Run run) {
+  const int64_t tile = std::min(wish > 0 ? wish : 4, k.max_tile);
+  const int64_t vectors = (batch + k.width - 1) / k.width;
+  const int64_t full = std::min(batch, vectors / tile * tile * k.width);
+  if (full > 0) run(0, full, tile);
+  if (full < batch) run(full, batch - full, vectors % tile);
+}
+
+// Lines per block: as many as possible, for long runs of equal trip counts, yet some blocks for every thread.
+int64_t block_for(int64_t lines) {
+  const int64_t share = (lines + omp_get_max_threads() - 1) / omp_get_max_threads();
+  return std::max<int64_t>(16, std::min<int64_t>(1024, (share + 15) / 16 * 16));
+}
+
+}  // namespace
+
+struct MaskedLinearPlan::Impl {
+  int64_t rows, columns, words_per_line;
+  std::vector<uint32_t> offsets, column;  // the mask, row by row: offsets [rows + 1], column [count]
+  Order panelled, whole;                  // rows, for batches and for a single sample
+  Order transposed;                       // columns
+  std::vector<uint32_t> where;            // [count]: where a survivor of the row order stands in `transposed`
+  std::vector<uint32_t> sample_word, sample_bits;
+  std::vector<uint64_t> sample_weight;
+  std::vector<float> sample_value;
+  bool has_sample = false;
+  std::mutex lock;
+
+  int64_t count() const { return static_cast<int64_t>(column.size()); }
+  double density() const { return static_cast<double>(count()) / std::max<int64_t>(1, rows * columns); }
+
+  void gather_rows(Order& order, const float* weight) {
+    if (order.has_values) return;
+    const SparseLayout& m = order.layout;
+    const int threads = thread_count(count());
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t block = 0; block < m.blocks; block++) {
+      const int64_t first = block * m.block, lines = std::min(m.block, m.lines - first);
+      for (int64_t p = 0; p < m.panels; p++) {
+        const int64_t segment = first * m.panels + p * lines;
+        for (int64_t r = segment; r < segment + lines; r++) {
+          const float* row = weight + static_cast<int64_t>(m.line[r]) * columns + p * m.panel;
+          if (const int64_t next = r + kAhead; next < segment + lines) {
+            const float* ahead = weight + static_cast<int64_t>(m.line[next]) * columns + p * m.panel;
+            for (uint32_t k = m.begin[next]; k < m.begin[next + 1]; k++) __builtin_prefetch(ahead + m.index[k]);
+          }
+          for (uint32_t k = m.begin[r]; k < m.begin[r + 1]; k++) order.value[k] = row[m.index[k]];
+        }
+      }
+    }
+    order.has_values = true;
+    sample(weight);
+  }
+
+  void gather_columns(const float* weight) {
+    if (transposed.has_values) return;
+    float* value = transposed.value.get();
+    const int threads = thread_count(count());
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < rows; i++) {
+      const float* row = weight + i * columns;
+      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) value[where[k]] = row[column[k]];
+    }
+    transposed.has_values = true;
+    sample(weight);
+  }
+
+  void sample(const float* weight) {
+    for (size_t i = 0; i < sample_weight.size(); i++) sample_value[i] = weight[sample_weight[i]];
+    has_sample = true;
+  }
+
+  void build_rows(Order& order, int64_t block, int64_t panel) {
+    if (order.layout.blocks == 0) order.build(rows, columns, block, panel, offsets, column, nullptr);
+  }
+
+  void build_columns() {
+    if (transposed.layout.blocks > 0) return;
+    std::vector<uint32_t> starts(columns + 1, 0), row(count()), place(count());
+    for (uint32_t c : column) starts[c + 1]++;
+    std::partial_sum(starts.begin(), starts.end(), starts.begin());
+    std::vector<uint32_t> cursor(starts.begin(), starts.end() - 1), position(count());
+    for (int64_t i = 0; i < rows; i++) {
+      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) {
+        position[k] = cursor[column[k]]++;
+        row[position[k]] = static_cast<uint32_t>(i);
+      }
+    }
+    transposed.build(columns, rows, block_for(columns), panel(), starts, row, &place);
+    where.resize(count());
+    for (int64_t k = 0; k < count(); k++) where[k] = place[position[k]];
+  }
+  // Minors per panel: few enough that their features stay in the first-level cache while a block of lines goes over
+  // them, enough that a line finds a dozen survivors there.
+  int64_t panel() const { return density() > 0.05 ? 256 : 1024; }
+
+  // dw [rows, columns] from the survivors' gradients: every element is written, so that fresh or reused memory will do.
+  void scatter(const float* compact, float* dw) const {
+    const int threads = thread_count(rows * columns);
+    const bool streams = can_stream(dw);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      std::vector<float> scratch(streams ? columns : 0);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < rows; i++) {
+        float* target = dw + i * columns;
+        float* row = streams ? scratch.data() : target;
+        if (!streams) std::memset(row, 0, columns * sizeof(float));
+        for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) row[column[k]] = compact[where[k]];
+        if (streams) {
+          stream(row, target);
+          for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) row[column[k]] = 0;
+        }
+      }
+    }
+  }
+
+  // A gradient larger than the caches is written past them: then its lines need not be read first.
+  bool can_stream(const float* dw) const {
+#if defined(__x86_64__)
+    constexpr int64_t kCached = int64_t{4} << 20;
+    return rows * columns > kCached && columns % 4 == 0 && reinterpret_cast<uintptr_t>(dw) % 16 == 0;
+#else
+    (void)dw;
+    return false;
+#endif
+  }
+
+  void stream(const float* from, float* to) const {
+#if defined(__x86_64__)
+    for (int64_t j = 0; j < columns; j += 4) _mm_stream_ps(to + j, _mm_loadu_ps(from + j));
+    _mm_sfence();
+#else
+    std::memcpy(to, from, columns * sizeof(float));
+#endif
+  }
+};
+
+MaskedLinearPlan::MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t columns) : impl_(new Impl) {
+  Impl& m = *impl_;
+  if (rows < 0 || columns < 0 || (columns > 0 && rows >= (int64_t{1} << 32) / columns)) {
+    throw std::invalid_argument("masked_linear: an index holds fewer than 2^32 weights");
+  }
+  m.rows = rows;
+  m.columns = columns;
+  m.words_per_line = words_per_row(columns);
+  m.offsets.resize(rows + 1);
+  for (int64_t i = 0; i < rows; i++) {
+    for (int64_t w = 0; w < m.words_per_line; w++) {
+      for (uint32_t bits = words[i * m.words_per_line + w]; bits != 0; bits &= bits - 1) {
+        m.column.push_back(static_cast<uint32_t>(w * kWordBits + __builtin_ctz(bits)));
+      }
+    }
+    m.offsets[i + 1] = static_cast<uint32_t>(m.column.size());
+  }
+  const int64_t total = rows * m.words_per_line;
+  for (int64_t i = 0; i < std::min(kSamples, total); i++) {
+    const int64_t at = i * total / std::min(kSamples, total);
+    m.sample_word.push_back(static_cast<uint32_t>(at));
+    m.sample_bits.push_back(words[at]);
+  }
+  int64_t row = 0;
+  for (int64_t i = 0; i < std::min(kSamples, m.count()); i++) {
+    const int64_t k = i * m.count() / std::min(kSamples, m.count());
+    while (m.offsets[row + 1] <= k) row++;
+    m.sample_weight.push_back(row * columns + m.column[k]);
+  }
+  m.sample_value.resize(m.sample_weight.size());
+}
+
+MaskedLinearPlan::~MaskedLinearPlan() = default;
+
+int64_t MaskedLinearPlan::count() const { return impl_->count(); }
+
+bool MaskedLinearPlan::same_words(const uint32_t* words) const {
+  const Impl& m = *impl_;
+  for (size_t i = 0; i < m.sample_word.size(); i++) {
+    if (words[m.sample_word[i]] != m.sample_bits[i]) return false;
+  }
+  return true;
+}
+
+bool MaskedLinearPlan::same_values(const float* weight) const {
+  const Impl& m = *impl_;
+  for (size_t i = 0; m.has_sample && i < m.sample_weight.size(); i++) {
+    // Bytes, not values: a NaN is like itself.
+    if (std::memcmp(&weight[m.sample_weight[i]], &m.sample_value[i], sizeof(float)) != 0) return false;
+  }
+  return true;
+}
+
+void MaskedLinearPlan::invalidate_values() {
+  Impl& m = *impl_;
+  std::lock_guard<std::mutex> guard(m.lock);
+  m.panelled.has_values = m.whole.has_values = m.transposed.has_values = m.has_sample = false;
+}
+
+void MaskedLinearPlan::forward(const float* x, int64_t x_stride, int64_t batch, const float* weight, const float* bias,
+                               float* y, int64_t tile) {
+  Impl& m = *impl_;
+  std::lock_guard<std::mutex> guard(m.lock);
+  if (m.rows == 0 || batch == 0) return;
+  const int threads = thread_count(m.count() * batch);
+  const Kernels k = kernels(batch);
+  if (batch == 1 && m.columns <= kMaxPanel && tile == 0) {
+    m.build_rows(m.whole, std::min<int64_t>(64, block_for(m.rows)), kMaxPanel);
+    m.gather_rows(m.whole, weight);
+    k.vector({m.whole.layout, x, bias, y, threads});
+    return;
+  }
+  m.build_rows(m.panelled, block_for(m.rows), m.panel());
+  m.gather_rows(m.panelled, weight);
+  in_tiles(k, batch, tile, [&](int64_t first, int64_t count, int64_t vectors) {
+    float* x_tile = workspace.x.reserve(m.columns * vectors * k.width);
+    float* y_tile = workspace.y.reserve(m.rows * vectors * k.width);
+    k.forward({m.panelled.layout, count, vectors, x + first * x_stride, x_stride, bias, y + first * m.rows, x_tile,
+               y_tile, threads});
+  });
+}
+
+void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const float* x, int64_t x_stride, int64_t batch,
+                                const float* weight, float* dx, float* dw, float* db, int64_t tile) {
+  Impl& m = *impl_;
+  std::lock_guard<std::mutex> guard(m.lock);
+  m.build_columns();
+  if (dx != nullptr) m.gather_columns(weight);
+  const Kernels k = kernels(batch);
+  const int threads = thread_count(m.count() * batch);
+  float* compact = dw != nullptr ? workspace.dw.reserve(m.count()) : nullptr;
+  if (batch == 0) {
+    if (dw != nullptr) std::fill_n(compact, m.count(), 0.f);
+    if (db != nullptr) std::fill_n(db, m.rows, 0.f);
+  }
+  in_tiles(k, batch, tile, [&](int64_t first, int64_t count, int64_t vectors) {
+    float* x_tile = dw != nullptr ? workspace.x.reserve(m.columns * vectors * k.width) : nullptr;
+    float* g_tile = workspace.y.reserve(m.rows * vectors * k.width);
+    float* dx_tile = dx != nullptr ? workspace.dx.reserve(m.columns * vectors * k.width) : nullptr;
+    k.backward({m.transposed.layout, count, vectors, x + first * x_stride, x_stride, grad + first * grad_stride,
+                grad_stride, dx != nullptr ? dx + first * m.columns : nullptr, compact, db, first > 0, x_tile, g_tile,
+                dx_tile, threads});
+  });
+  if (dw != nullptr) m.scatter(compact, dw);
+}
+
+}  // namespace sl::cpu

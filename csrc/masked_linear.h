@@ -1,0 +1,43 @@
+// Masked linear layer: y = x (W∘M)ᵀ + b, dX = dY (W∘M), dW∘M, db, float32. Checked by
+// sparselottery/ops/masked_linear.py.
+#pragma once
+#include <cstdint>
+#include <memory>
+
+namespace sl::cpu {
+
+// The survivors of one mask, indexed for the CPU kernels, with the weights' values as they were last gathered. Needs
+// about 12 bytes per survivor for the forward and 18 for the backward, built when they are first asked for. Calls on
+// one plan run one after the other (a lock); each uses the threads that torch.set_num_threads allows.
+class MaskedLinearPlan {
+ public:
+  // words: [rows, words_per_row(columns)]. Throws std::invalid_argument from 2^32 weights on.
+  MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t columns);
+  ~MaskedLinearPlan();
+
+  int64_t count() const;
+
+  // Whether a sample of the mask's words, or of the surviving weights as they were last gathered, is still the same: a
+  // second line of defence, for writes that leave no trace in a tensor's version counter.
+  bool same_words(const uint32_t* words) const;
+  bool same_values(const float* weight) const;
+
+  // Forget the gathered values: the weights have changed.
+  void invalidate_values();
+
+  // x [batch, columns] with rows x_stride apart, weight [rows, columns], bias [rows] or null, y [batch, rows]. The
+  // weight is read only if values are missing. tile: vectors of batch per feature, 0 to choose.
+  void forward(const float* x, int64_t x_stride, int64_t batch, const float* weight, const float* bias, float* y,
+               int64_t tile);
+
+  // grad [batch, rows] with rows grad_stride apart. Every element of dx [batch, columns], dw [rows, columns] and db
+  // [rows] is written; null where not wanted (dx and dw not both).
+  void backward(const float* grad, int64_t grad_stride, const float* x, int64_t x_stride, int64_t batch,
+                const float* weight, float* dx, float* dw, float* db, int64_t tile);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace sl::cpu
