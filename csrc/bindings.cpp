@@ -171,51 +171,51 @@ PYBIND11_MODULE(_C, m) {
       "cpu_masked_conv2d_backward",
       [](const sl::cpu::ConvPlan& plan, int64_t batch, uintptr_t grad, std::array<int64_t, 4> grad_stride, uintptr_t x,
          std::array<int64_t, 4> x_stride, uintptr_t weight, uintptr_t dx, uintptr_t dweight, uintptr_t dbias) {
+        py::gil_scoped_release release;
+        sl::cpu::masked_conv2d_backward(plan, batch, conv_view(grad, grad_stride), conv_view(x, x_stride),
+                                        as<const float>(weight), as<float>(dx), as<float>(dweight), as<float>(dbias));
+      });
+
+  // masked_linear
+  using sl::cpu::MaskedLinearPlan;
+  py::class_<MaskedLinearPlan>(m, "CpuMaskedLinearPlan")
+      .def(py::init([](uintptr_t words, int64_t rows, int64_t columns) {
+        py::gil_scoped_release release;
+        return std::make_unique<MaskedLinearPlan>(as<const uint32_t>(words), rows, columns);
+      }))
+      .def("count", &MaskedLinearPlan::count)
+      .def("invalidate_values", &MaskedLinearPlan::invalidate_values)
+      .def("same_words",
+           [](const MaskedLinearPlan& plan, uintptr_t words) { return plan.same_words(as<const uint32_t>(words)); })
+      .def("same_values",
+           [](const MaskedLinearPlan& plan, uintptr_t weight) { return plan.same_values(as<const float>(weight)); })
+      .def("forward",
+           [](MaskedLinearPlan& plan, uintptr_t x, int64_t x_stride, int64_t batch, uintptr_t weight, uintptr_t bias,
+              uintptr_t y, int64_t tile) {
+             py::gil_scoped_release release;
+             plan.forward(as<const float>(x), x_stride, batch, as<const float>(weight), as<const float>(bias),
+                          as<float>(y), tile);
+           })
+      .def("backward", [](MaskedLinearPlan& plan, uintptr_t grad, int64_t grad_stride, uintptr_t x, int64_t x_stride,
+                          int64_t batch, uintptr_t weight, uintptr_t dx, uintptr_t dw, uintptr_t db, int64_t tile) {
+        py::gil_scoped_release release;
+        plan.backward(as<const float>(grad), grad_stride, as<const float>(x), x_stride, batch, as<const float>(weight),
+                      as<float>(dx), as<float>(dw), as<float>(db), tile);
+      });
+
+  // masked_optim
+  m.def("cpu_masked_optim_sgd", [](const std::vector<int64_t>& table, const std::vector<double>& numbers, int dtype,
+                                   double momentum, double dampening, double weight_decay, bool nesterov,
+                                   bool maximize) {
+    const auto tensors = optim_tensors(table, numbers);
     py::gil_scoped_release release;
-    sl::cpu::masked_conv2d_backward(plan, batch, conv_view(grad, grad_stride), conv_view(x, x_stride),
-                                    as<const float>(weight), as<float>(dx), as<float>(dweight), as<float>(dbias));
-
-    // masked_linear
-    using sl::cpu::MaskedLinearPlan;
-    py::class_<MaskedLinearPlan>(m, "CpuMaskedLinearPlan")
-        .def(py::init([](uintptr_t words, int64_t rows, int64_t columns) {
-          py::gil_scoped_release release;
-          return std::make_unique<MaskedLinearPlan>(as<const uint32_t>(words), rows, columns);
-        }))
-        .def("count", &MaskedLinearPlan::count)
-        .def("invalidate_values", &MaskedLinearPlan::invalidate_values)
-        .def("same_words",
-             [](const MaskedLinearPlan& plan, uintptr_t words) { return plan.same_words(as<const uint32_t>(words)); })
-        .def("same_values",
-             [](const MaskedLinearPlan& plan, uintptr_t weight) { return plan.same_values(as<const float>(weight)); })
-        .def("forward",
-             [](MaskedLinearPlan& plan, uintptr_t x, int64_t x_stride, int64_t batch, uintptr_t weight, uintptr_t bias,
-                uintptr_t y, int64_t tile) {
-               py::gil_scoped_release release;
-               plan.forward(as<const float>(x), x_stride, batch, as<const float>(weight), as<const float>(bias),
-                            as<float>(y), tile);
-             })
-        .def("backward", [](MaskedLinearPlan& plan, uintptr_t grad, int64_t grad_stride, uintptr_t x, int64_t x_stride,
-                            int64_t batch, uintptr_t weight, uintptr_t dx, uintptr_t dw, uintptr_t db, int64_t tile) {
-          py::gil_scoped_release release;
-          plan.backward(as<const float>(grad), grad_stride, as<const float>(x), x_stride, batch,
-                        as<const float>(weight), as<float>(dx), as<float>(dw), as<float>(db), tile);
-        });
-
-    // masked_optim
-    m.def("cpu_masked_optim_sgd",
-          [](const std::vector<int64_t>& table, const std::vector<double>& numbers, int dtype, double momentum,
-             double dampening, double weight_decay, bool nesterov, bool maximize) {
-            const auto tensors = optim_tensors(table, numbers);
-            py::gil_scoped_release release;
-            sl::cpu::masked_sgd(tensors.data(), tensors.size(), {momentum, dampening, weight_decay, nesterov, maximize},
-                                dtype);
-          });
-    m.def("cpu_masked_optim_adam", [](const std::vector<int64_t>& table, const std::vector<double>& numbers, int dtype,
-                                      double beta1, double beta2, double eps, double weight_decay, double shrink,
-                                      bool maximize) {
-      const auto tensors = optim_tensors(table, numbers);
-      py::gil_scoped_release release;
-      sl::cpu::masked_adam(tensors.data(), tensors.size(), {beta1, beta2, eps, weight_decay, shrink, maximize}, dtype);
-    });
+    sl::cpu::masked_sgd(tensors.data(), tensors.size(), {momentum, dampening, weight_decay, nesterov, maximize}, dtype);
+  });
+  m.def("cpu_masked_optim_adam", [](const std::vector<int64_t>& table, const std::vector<double>& numbers, int dtype,
+                                    double beta1, double beta2, double eps, double weight_decay, double shrink,
+                                    bool maximize) {
+    const auto tensors = optim_tensors(table, numbers);
+    py::gil_scoped_release release;
+    sl::cpu::masked_adam(tensors.data(), tensors.size(), {beta1, beta2, eps, weight_decay, shrink, maximize}, dtype);
+  });
 }

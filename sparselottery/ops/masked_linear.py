@@ -147,19 +147,31 @@ def _index(words, shape):
     return known
 
 
+def _plan(words, weight, shape):
+    if words.is_inference() or weight.is_inference():  # no version counter: nothing may outlive the call
+        return _ext.extension().CpuMaskedLinearPlan(words.contiguous().data_ptr(), *shape)
+    return _index(words, shape).plan_for(words, weight)
+
+
 def _unit_rows(t):
     """`[*, n]` -> `[rows, n]` with neighbours in a row next to each other, copied only where they are not."""
     t = _rows(t)
     return t if t.stride(1) == 1 else t.contiguous()
 
 
+def _gradient(words, shape):
+    return (
+        torch.empty(shape, dtype=torch.float32) if words.is_inference() else _index(words, shape).gradient.tensor(shape)
+    )
+
+
 def _cpu(x, weight, words, bias):
     weight = weight.contiguous()
     shape = tuple(weight.shape)
     rows = _unit_rows(x)
-    y = torch.empty(rows.shape[0], shape[0])
+    y = torch.empty(rows.shape[0], shape[0], dtype=torch.float32)
     bias = bias.contiguous() if bias is not None else None
-    _index(words, shape).plan_for(words, weight).forward(
+    _plan(words, weight, shape).forward(
         rows.data_ptr(),
         rows.stride(0),
         rows.shape[0],
@@ -176,13 +188,13 @@ def _cpu_backward(grad, x, weight, words, output_mask):
         return _dense_backward(grad, x, weight, words, True, output_mask)
     weight = weight.contiguous()
     shape = tuple(weight.shape)
-    index = _index(words, shape)
+    plan = _plan(words, weight, shape)
     rows = _unit_rows(grad)
     inputs = _unit_rows(x) if output_mask[1] else None
-    dx = torch.empty(*grad.shape[:-1], shape[1]) if output_mask[0] else _none(grad)
-    dw = index.gradient.tensor(shape) if output_mask[1] else _none(grad)
-    db = torch.empty(shape[0]) if output_mask[2] else _none(grad)
-    index.plan_for(words, weight).backward(
+    dx = torch.empty(*grad.shape[:-1], shape[1], dtype=torch.float32) if output_mask[0] else _none(grad)
+    dw = _gradient(words, shape) if output_mask[1] else _none(grad)
+    db = torch.empty(shape[0], dtype=torch.float32) if output_mask[2] else _none(grad)
+    plan.backward(
         rows.data_ptr(),
         rows.stride(0),
         0 if inputs is None else inputs.data_ptr(),
