@@ -81,7 +81,8 @@ class _Index:
     __slots__ = ("__weakref__", "bucket", "gradient", "plan", "ref", "shape", "version", "weight", "weight_version")
 
     def __init__(self, words, shape):
-        self.ref = weakref.ref(words, lambda _, key=id(words): _INDEXES.pop(key, None))
+        key = id(words)
+        self.ref = weakref.ref(words, lambda _: _INDEXES.pop(key, None))
         self.version = words._version
         self.shape = shape
         total = shape[0] * shape[1]
@@ -126,7 +127,7 @@ class _Memory:
 
     def tensor(self, shape):
         if shape[0] * shape[1] < self.SMALLEST:
-            return torch.empty(shape, dtype=torch.float32)
+            return torch.empty(shape, dtype=torch.float32, device="cpu")
         with self.lock:
             if self.base is None or self.lease() is not None:
                 raw = numpy.empty(shape[0] * shape[1] + 16, numpy.float32)
@@ -161,7 +162,9 @@ def _unit_rows(t):
 
 def _gradient(words, shape):
     return (
-        torch.empty(shape, dtype=torch.float32) if words.is_inference() else _index(words, shape).gradient.tensor(shape)
+        torch.empty(shape, dtype=torch.float32, device="cpu")
+        if words.is_inference()
+        else _index(words, shape).gradient.tensor(shape)
     )
 
 
@@ -169,7 +172,7 @@ def _cpu(x, weight, words, bias):
     weight = weight.contiguous()
     shape = tuple(weight.shape)
     rows = _unit_rows(x)
-    y = torch.empty(rows.shape[0], shape[0], dtype=torch.float32)
+    y = torch.empty(rows.shape[0], shape[0], dtype=torch.float32, device="cpu")
     bias = bias.contiguous() if bias is not None else None
     _plan(words, weight, shape).forward(
         rows.data_ptr(),
@@ -191,9 +194,9 @@ def _cpu_backward(grad, x, weight, words, output_mask):
     plan = _plan(words, weight, shape)
     rows = _unit_rows(grad)
     inputs = _unit_rows(x) if output_mask[1] else None
-    dx = torch.empty(*grad.shape[:-1], shape[1], dtype=torch.float32) if output_mask[0] else _none(grad)
+    dx = torch.empty(*grad.shape[:-1], shape[1], dtype=torch.float32, device="cpu") if output_mask[0] else _none(grad)
     dw = _gradient(words, shape) if output_mask[1] else _none(grad)
-    db = torch.empty(shape[0], dtype=torch.float32) if output_mask[2] else _none(grad)
+    db = torch.empty(shape[0], dtype=torch.float32, device="cpu") if output_mask[2] else _none(grad)
     plan.backward(
         rows.data_ptr(),
         rows.stride(0),
