@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparselottery._ext import DTYPE_CODES
-from sparselottery.ops import reference
+from sparselottery.ops import bitmask, global_topk, reference
 
 HARNESS = Path(__file__).parent / "host_cuda"
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -334,6 +334,91 @@ def test_topk_extra_memory(kernels):
             scratch = np.array([-1])
             kernels("sl_topk_scratch", DTYPE_CODES[dtype], weights, scratch)
             assert 0 < scratch[0] <= 0.02 * weights * dtype.itemsize + fixed
+
+
+# ---- the ops' calls for CUDA tensors, here with CPU tensors and the kernels on the CPU ----
+
+
+def dense_strides(sizes):
+    """Strides of a contiguous tensor, where there is more than one element to step over."""
+    return [math.prod(sizes[i + 1 :]) for i, size in enumerate(sizes) if size > 1]
+
+
+class OnTheHost:
+    """The cuda_* functions of the extension, with the signatures of csrc/bindings.cpp."""
+
+    STREAM = 77
+
+    def __init__(self, call):
+        self.call = call
+
+    def __getattr__(self, name):
+        short = name.removeprefix("cuda_bitmask_")
+
+        def function(*arguments):
+            assert arguments[-1] == self.STREAM
+            self.call("sl_" + short, *arguments[:-1])
+
+        return function
+
+    def cuda_bitmask_apply(self, weights, item_size, words, sizes, strides, stream):
+        assert stream == self.STREAM
+        sizes, strides = np.array(sizes, dtype=np.int64), np.array(strides, dtype=np.int64)
+        self.call("sl_apply", weights, item_size, words, len(sizes), sizes, strides)
+
+    def cuda_global_topk_scratch(self, arguments):
+        return 100 + len(arguments)
+
+    def cuda_global_topk(self, arguments, keep, by_value, scratch, result, stream):
+        assert stream == self.STREAM and scratch != 0
+        table = []
+        for data, dtype, sizes, strides, eligible, words in arguments:
+            assert [n for n, size in zip(strides, sizes, strict=True) if size > 1] == dense_strides(sizes)
+            table += [data, dtype, sizes[0], math.prod(sizes[1:]), eligible, words]
+        table = np.array(table, dtype=np.int64)
+        self.call("sl_topk", table, len(arguments), keep, int(by_value), 0, result, result + 8)
+
+
+@pytest.fixture
+def on_the_host(kernels, monkeypatch):
+    library = OnTheHost(kernels)
+    monkeypatch.setattr(bitmask, "extension", lambda: library)
+    monkeypatch.setattr(global_topk, "extension", lambda: library)
+    monkeypatch.setattr(bitmask, "stream_of", lambda tensor: OnTheHost.STREAM)
+
+
+def test_calls_of_bitmask(on_the_host):
+    g = torch.Generator().manual_seed(40)
+    for shape in [(), (70,), (5, 33), (33, 5, 3)]:
+        dense, other = (torch.rand(shape, generator=g) < 0.5 for _ in range(2))
+        words = bitmask._pack_cuda(dense)
+        assert torch.equal(words, reference.bitmask_pack(dense))
+        assert torch.equal(bitmask._unpack_cuda(words, shape), dense)
+        assert bitmask._count_cuda(words).item() == dense.sum().item()
+        assert bitmask._hamming_cuda(words, reference.bitmask_pack(other)).item() == (dense != other).sum().item()
+        weights = torch.randn(shape, generator=g)
+        want = weights.masked_fill(~dense, 0)
+        bitmask._apply_cuda(weights, words)
+        assert torch.equal(weights, want)
+    deep = torch.randn(2, 1, 2, 1, 2, 1, 2, 1, 3, generator=g)  # more dimensions than the kernel takes
+    dense = deep > 0
+    want = deep.masked_fill(~dense, 0)
+    bitmask._apply_cuda(deep, reference.bitmask_pack(dense))
+    assert torch.equal(deep, want)
+
+
+def test_calls_of_global_topk(on_the_host):
+    tensors = [normal(40, 30, seed=41).mT, normal(8, 3, 3, 3, seed=42), normal(50, seed=43), normal(seed=44)]
+    eligible = [torch.rand(40, 30).mT < 0.5, None, None, None]
+    packed = [None if e is None else reference.bitmask_pack(e) for e in eligible]
+    dense = [torch.ones(t.shape, dtype=torch.bool) if e is None else e for t, e in zip(tensors, eligible, strict=True)]
+    for by_value in (False, True):
+        words, threshold, nan_tensor = global_topk._cuda(tensors, 200, packed, by_value)
+        want, want_threshold = reference.global_topk(tensors, 200, dense, by_value)
+        assert threshold.item() == want_threshold and nan_tensor.item() == -1
+        assert all(torch.equal(w, reference.bitmask_pack(m)) for w, m in zip(words, want, strict=True))
+    tensors[2][7] = math.nan
+    assert global_topk._cuda(tensors, 200, packed, False)[2].item() == 2
 
 
 @settings(max_examples=60, deadline=None)

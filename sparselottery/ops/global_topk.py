@@ -82,7 +82,7 @@ def _eligible_words(tensors, eligible) -> tuple[list, int]:
     eligible = list(eligible)
     if len(eligible) != len(tensors):
         raise ValueError(f"eligible: expected {len(tensors)} entries, one per tensor, got {len(eligible)}")
-    words, allowed = [], 0
+    words, counts, allowed = [], [], 0
     for i, (entry, t) in enumerate(zip(eligible, tensors, strict=True)):
         if entry is None:
             words.append(None)
@@ -96,7 +96,9 @@ def _eligible_words(tensors, eligible) -> tuple[list, int]:
         if entry.device != t.device:
             raise ValueError(f"eligible[{i}]: expected device {t.device} like its tensor, got {entry.device}")
         words.append(entry.words if isinstance(entry, masks.Mask) else bitmask.pack(entry))
-        allowed += bitmask.count(words[-1])
+        counts.append(torch.ops.sparselottery.bitmask_count(words[-1]))
+    if counts:
+        allowed += int(torch.stack(counts).sum())  # one wait for a GPU, not one per tensor
     return words, allowed
 
 
