@@ -282,6 +282,28 @@ def test_topk_sampled(kernels, name):
         check_topk(kernels, tensors, keep, by_value=i == 2, reverse=i % 2 == 1)
 
 
+def sampled_positions(weights):
+    """Which weights of a list of this length csrc/cuda/global_topk.cu looks at first (its kernel `sample`)."""
+    samples = max(weights // 64, 65536 // 4)
+    x = np.arange(samples, dtype=np.uint32)
+    x = (x ^ x >> 16) * np.uint32(0x7FEB352D)
+    x = (x ^ x >> 15) * np.uint32(0x846CA68B)
+    jitter = (x ^ x >> 16).astype(np.float64) * 2.0**-32
+    return torch.from_numpy(((np.arange(samples) + jitter) * (weights / samples)).astype(np.int64))
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("misleading", ["below", "above"])
+def test_topk_missed_bracket(kernels, misleading, dtype, by_value):
+    """The sample sees nothing but the smallest (largest) weights, so that the last survivor is above (below) the bracket."""
+    seen = torch.zeros(BIG, dtype=torch.bool)
+    seen[sampled_positions(BIG)] = True
+    large, small = 2 + torch.rand(BIG, generator=torch.Generator().manual_seed(34)), normal(BIG, seed=35).sigmoid()
+    weights = torch.where(seen == (misleading == "above"), large, small).to(dtype)
+    check_topk(kernels, [weights[:30_000], weights[30_000:].view(-1, 70)], BIG // 2, by_value=by_value)
+
+
 def test_topk_sampled_eligible(kernels):
     tensors = [normal(100, 700, seed=30), normal(30_000, seed=31)]
     g = torch.Generator().manual_seed(32)

@@ -75,6 +75,16 @@ def test_sampled(monkeypatch, name, dtype, signed):
         check(tensors, keep, signed=signed)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bracket", [(0.0, 0.01), (3.0, 4.0), (0.5, 0.5)], ids=["below", "above", "empty"])
+def test_missed_bracket(monkeypatch, bracket, dtype, signed):
+    bits, wide = (torch.int64, torch.float64) if dtype == torch.float64 else (torch.int32, torch.float32)
+    bounds = torch.tensor(bracket, dtype=wide).view(bits).long()
+    monkeypatch.setattr(kernels, "_bracket", lambda *_: bounds)
+    check([normal(40, 50, seed=1, dtype=dtype), normal(300, seed=2, dtype=dtype)], 700, signed=signed)
+
+
 @pytest.mark.parametrize("above", [64, 65536])
 def test_eligible(monkeypatch, above):
     monkeypatch.setattr(kernels, "SAMPLE_ABOVE", above)
