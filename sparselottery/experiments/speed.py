@@ -29,10 +29,10 @@ def measure_speed(
 ) -> dict:
     """Dense time / ticket time of a training step and of inference.
 
-    Dense is a plain network with `torch.optim.Adam(fused=True)`; the ticket is the same network, masked, with `sl.optim.Adam`, and
-    for inference in the form that `sl.compress` finds fastest.
-    Both take turns for `rounds` rounds of at least `burst` seconds each, and medians are compared. Before that both must give
-    the same outputs and, trained for a few steps, the same losses.
+    Dense is a plain network with `torch.optim.Adam(fused=True)`; the ticket is the same network, masked, with
+    `sl.optim.Adam`, and for inference in the form that `sl.compress` finds fastest. Both take turns for `rounds` rounds of at
+    least `burst` seconds each, and medians are compared. Before that both must give the same outputs and, trained for a few
+    steps, the same losses.
 
     Args:
         make_model: a new plain network that the ticket fits. batch: x [N, *], y int64 [N].
