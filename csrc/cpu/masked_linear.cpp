@@ -3,6 +3,9 @@
 #include "masked_linear.h"
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -10,6 +13,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <mutex>
 #include <new>
 #include <numeric>
@@ -52,34 +56,44 @@ Kernels kernels(int64_t batch) {
   return SL_KERNELS(portable);
 }
 
-// 64-byte aligned memory that is not initialized.
-class Buffer {
+// Aligned memory that is not initialized. Large arrays ask for huge pages: an index is walked front to back once per
+// call, and without them a miss in the translation cache every 4 KiB costs a quarter of a matrix-vector product.
+template <class T>
+class Array {
  public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
+  Array() = default;
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  ~Array() { std::free(data_); }
 
-  float* reserve(int64_t floats) {
-    if (floats > capacity_) {
+  // At least `size` elements; what was there before is lost if the memory has to grow.
+  T* reserve(int64_t size) {
+    if (size > capacity_) {
       std::free(data_);
       capacity_ = 0;
-      data_ = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
+      const size_t bytes = size * sizeof(T), unit = bytes >= 2 * kHugePage ? kHugePage : 64;
+      data_ = static_cast<T*>(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit));
       if (data_ == nullptr) throw std::bad_alloc();
-      capacity_ = floats;
+#if defined(__linux__)
+      if (unit == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);  // a wish: it may be refused
+#endif
+      capacity_ = size;
     }
     return data_;
   }
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
 
  private:
-  float* data_ = nullptr;
+  static constexpr size_t kHugePage = 2 << 20;
+  T* data_ = nullptr;
   int64_t capacity_ = 0;
 };
 
 // Tiles are as large as a batch tile of activations, and fresh pages for them cost as much as a sparse product: each
 // thread that calls keeps its own.
 struct Workspace {
-  Buffer x, y, dx, dw;
+  Array<float> x, y, dx, dw;
 };
 thread_local Workspace workspace;
 
@@ -87,21 +101,21 @@ thread_local Workspace workspace;
 struct Order {
   SparseLayout layout{};
   std::vector<uint32_t> begin, line;
-  std::vector<uint16_t> index;
-  std::unique_ptr<float[]> value;
+  Array<uint16_t> index;
+  Array<float> value;
   bool has_values = false;
 
   // The survivors in `lines` x `minors`: offsets[line] .. offsets[line + 1] of `minor`, ascending in each line. If
   // `where` is given, where[i] becomes the new place of survivor i.
   void build(int64_t lines, int64_t minors, int64_t block, int64_t panel, const std::vector<uint32_t>& offsets,
-             const std::vector<uint32_t>& minor, std::vector<uint32_t>* where) {
+             const uint32_t* minor, uint32_t* where) {
     const int64_t panels = std::max<int64_t>(1, (minors + panel - 1) / panel);
     const int64_t blocks = (lines + block - 1) / block;
-    const int64_t count = static_cast<int64_t>(minor.size());
+    const int64_t count = offsets[lines];
     begin.resize(lines * panels + 1);
     line.resize(lines * panels);
-    index.resize(count);
-    value.reset(new float[count]);
+    index.reserve(count);
+    value.reserve(count);
     std::vector<uint32_t> cursor(offsets.begin(), offsets.end() - 1), end(lines), sorted(lines);
     uint32_t place = 0;
     int64_t segment = 0;
@@ -110,8 +124,7 @@ struct Order {
       for (int64_t p = 0; p < panels; p++) {
         const uint32_t limit = static_cast<uint32_t>(std::min((p + 1) * panel, minors));
         for (int64_t i = first; i < last; i++) {
-          const auto from = minor.begin() + cursor[i], to = minor.begin() + offsets[i + 1];
-          end[i] = static_cast<uint32_t>(std::lower_bound(from, to, limit) - minor.begin());
+          end[i] = static_cast<uint32_t>(std::lower_bound(minor + cursor[i], minor + offsets[i + 1], limit) - minor);
         }
         std::iota(sorted.begin() + first, sorted.begin() + last, static_cast<uint32_t>(first));
         std::stable_sort(sorted.begin() + first, sorted.begin() + last,
@@ -122,14 +135,14 @@ struct Order {
           line[segment++] = i;
           for (uint32_t k = cursor[i]; k < end[i]; k++, place++) {
             index[place] = static_cast<uint16_t>(minor[k] - p * panel);
-            if (where != nullptr) (*where)[k] = place;
+            if (where != nullptr) where[k] = place;
           }
           cursor[i] = end[i];
         }
       }
     }
     begin[segment] = place;
-    layout = {lines, minors, block, panel, blocks, panels, begin.data(), line.data(), index.data(), value.get()};
+    layout = {lines, minors, block, panel, blocks, panels, begin.data(), line.data(), index.get(), value.get()};
   }
 };
 
@@ -157,17 +170,18 @@ int64_t block_for(int64_t lines) {
 
 struct MaskedLinearPlan::Impl {
   int64_t rows, columns, words_per_line;
-  std::vector<uint32_t> offsets, column;  // the mask, row by row: offsets [rows + 1], column [count]
-  Order panelled, whole;                  // rows, for batches and for a single sample
-  Order transposed;                       // columns
-  std::vector<uint32_t> where;            // [count]: where a survivor of the row order stands in `transposed`
+  std::vector<uint32_t> offsets;  // [rows + 1]: the mask, row by row
+  Array<uint32_t> column;         // [count]
+  Order panelled, whole;          // rows, for batches and for a single sample
+  Order transposed;               // columns
+  Array<uint32_t> where;          // [count]: where a survivor of the row order stands in `transposed`
   std::vector<uint32_t> sample_word, sample_bits;
   std::vector<uint64_t> sample_weight;
   std::vector<float> sample_value;
   bool has_sample = false;
   std::mutex lock;
 
-  int64_t count() const { return static_cast<int64_t>(column.size()); }
+  int64_t count() const { return offsets.back(); }
   double density() const { return static_cast<double>(count()) / std::max<int64_t>(1, rows * columns); }
 
   void gather_rows(Order& order, const float* weight) {
@@ -212,13 +226,13 @@ struct MaskedLinearPlan::Impl {
   }
 
   void build_rows(Order& order, int64_t block, int64_t panel) {
-    if (order.layout.blocks == 0) order.build(rows, columns, block, panel, offsets, column, nullptr);
+    if (order.layout.blocks == 0) order.build(rows, columns, block, panel, offsets, column.get(), nullptr);
   }
 
   void build_columns() {
     if (transposed.layout.blocks > 0) return;
     std::vector<uint32_t> starts(columns + 1, 0), row(count()), place(count());
-    for (uint32_t c : column) starts[c + 1]++;
+    for (int64_t k = 0; k < count(); k++) starts[column[k] + 1]++;
     std::partial_sum(starts.begin(), starts.end(), starts.begin());
     std::vector<uint32_t> cursor(starts.begin(), starts.end() - 1), position(count());
     for (int64_t i = 0; i < rows; i++) {
@@ -227,8 +241,8 @@ struct MaskedLinearPlan::Impl {
         row[position[k]] = static_cast<uint32_t>(i);
       }
     }
-    transposed.build(columns, rows, block_for(columns), panel(), starts, row, &place);
-    where.resize(count());
+    transposed.build(columns, rows, block_for(columns), panel(), starts, row.data(), place.data());
+    where.reserve(count());
     for (int64_t k = 0; k < count(); k++) where[k] = place[position[k]];
   }
   // Minors per panel: few enough that their features stay in the first-level cache while a block of lines goes over
@@ -287,12 +301,17 @@ MaskedLinearPlan::MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t 
   m.words_per_line = words_per_row(columns);
   m.offsets.resize(rows + 1);
   for (int64_t i = 0; i < rows; i++) {
+    uint32_t survivors = 0;
+    for (int64_t w = 0; w < m.words_per_line; w++) survivors += __builtin_popcount(words[i * m.words_per_line + w]);
+    m.offsets[i + 1] = m.offsets[i] + survivors;
+  }
+  uint32_t* column = m.column.reserve(m.count());
+  for (int64_t i = 0; i < rows; i++) {
     for (int64_t w = 0; w < m.words_per_line; w++) {
       for (uint32_t bits = words[i * m.words_per_line + w]; bits != 0; bits &= bits - 1) {
-        m.column.push_back(static_cast<uint32_t>(w * kWordBits + __builtin_ctz(bits)));
+        *column++ = static_cast<uint32_t>(w * kWordBits + __builtin_ctz(bits));
       }
     }
-    m.offsets[i + 1] = static_cast<uint32_t>(m.column.size());
   }
   const int64_t total = rows * m.words_per_line;
   for (int64_t i = 0; i < std::min(kSamples, total); i++) {
@@ -346,7 +365,7 @@ void MaskedLinearPlan::forward(const float* x, int64_t x_stride, int64_t batch, 
   if (batch == 1 && m.columns <= kMaxPanel && tile == 0) {
     m.build_rows(m.whole, std::min<int64_t>(64, block_for(m.rows)), kMaxPanel);
     m.gather_rows(m.whole, weight);
-    k.vector({m.whole.layout, x, bias, y, threads});
+    kernels(std::numeric_limits<int64_t>::max()).vector({m.whole.layout, x, bias, y, threads});
     return;
   }
   m.build_rows(m.panelled, block_for(m.rows), m.panel());

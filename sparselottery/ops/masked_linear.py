@@ -78,7 +78,7 @@ class _Index:
     optimizer that works that way (it changes nearly everything), though not the change of a single element.
     """
 
-    __slots__ = ("__weakref__", "bucket", "gradient", "plan", "ref", "shape", "version", "weight", "weight_version")
+    __slots__ = ("bucket", "gradient", "plan", "ref", "shape", "version", "weight", "weight_version")
 
     def __init__(self, words, shape):
         key = id(words)

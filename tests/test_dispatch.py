@@ -1,0 +1,188 @@
+"""dispatch: the order of decision, the margin, the cache file and its mishaps, the bound on measuring."""
+
+import json
+import multiprocessing
+import os
+import time
+
+import pytest
+import torch
+
+from sparselottery.ops import dispatch, reference
+from sparselottery.ops.masked_linear import masked_linear
+
+KEY = ("forward", (64, 64), "float32", 13, 16, 1, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSELOTTERY_CACHE", str(tmp_path))
+    monkeypatch.delenv("SPARSELOTTERY_BACKEND", raising=False)
+    dispatch.clear()
+    yield
+    dispatch.clear()
+
+
+def waits(seconds, log=None, name=None):
+    def run():
+        if log is not None:
+            log.append(name)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    return run
+
+
+def refuse():
+    raise AssertionError("must not be called")
+
+
+def choose(candidates, key=KEY, rule=refuse):
+    return dispatch.choose("test_op", key, candidates, rule=rule)
+
+
+def test_the_faster_one_is_chosen_and_remembered():
+    assert dispatch.lookup("test_op", KEY) is None
+    assert choose({"dense": waits(2e-3), "cpu": waits(1e-4)}) == "cpu"
+    assert dispatch.lookup("test_op", KEY) == "cpu"
+    assert choose({"dense": refuse, "cpu": refuse}) == "cpu"
+    (row,) = dispatch.table()
+    assert row["op"] == "test_op" and row["shape"] == (64, 64) and row["batch"] == 16 and row["backend"] == "cpu"
+    assert row["density"] == pytest.approx(0.1, rel=0.1) and row["source"] == "measured"
+    assert row["us"]["dense"] > 1900 and row["us"]["cpu"] >= 100
+
+
+def test_dense_wins_unless_beaten_by_the_margin():
+    assert dispatch.fastest({"dense": 1.0, "cpu": 1.0 - dispatch.MARGIN / 2}) == "dense"
+    assert dispatch.fastest({"dense": 1.0, "cpu": 1.0 - dispatch.MARGIN * 2}) == "cpu"
+    assert dispatch.fastest({"dense": 1.0, "cpu": 0.9, "triton": 0.5}) == "triton"
+
+
+def test_reference_is_never_measured():
+    assert choose({"dense": refuse, "reference": refuse}) == "dense"
+
+
+def test_the_environment_forces(monkeypatch):
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", "reference")
+    assert dispatch.lookup("test_op", KEY) is None and dispatch.lookup("test_op", None) is None
+    assert choose({"dense": refuse, "reference": refuse}) == "reference"
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", "triton")
+    with pytest.raises(ValueError, match=r"SPARSELOTTERY_BACKEND=triton: test_op .* can run on: dense, cpu"):
+        choose({"dense": refuse, "cpu": refuse})
+
+
+def test_reproducible_uses_the_rule_and_no_stopwatch():
+    choose({"dense": waits(2e-3), "cpu": waits(1e-4)})
+    with dispatch.reproducible():
+        assert dispatch.is_reproducible() and dispatch.lookup("test_op", KEY) is None
+        assert choose({"dense": refuse, "cpu": refuse}, rule=lambda: "dense") == "dense"
+        with dispatch.reproducible():
+            assert choose({"dense": refuse, "cpu": refuse}, rule=lambda: "cpu") == "cpu"
+        assert choose({"dense": refuse}, rule=lambda: "cpu") == "dense"
+    assert not dispatch.is_reproducible() and dispatch.lookup("test_op", KEY) == "cpu"
+
+
+def test_measurements_survive_the_process():
+    choose({"dense": waits(2e-3), "cpu": waits(1e-4)})
+    dispatch.clear()
+    assert choose({"dense": refuse, "cpu": refuse}) == "cpu"
+    assert dispatch.table()[0]["source"] == "cached"
+
+
+def test_other_candidates_are_measured_again():
+    choose({"dense": waits(2e-3), "cpu": waits(1e-4)})
+    dispatch.clear()
+    assert choose({"dense": waits(2e-3), "cpu": waits(1e-3), "triton": waits(1e-4)}) == "triton"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"decisions": 3}', '{"decisions": [{"op": 1}, 7, {"op": "test_op", "key": "x", "us": {}}]}'],
+)
+def test_a_damaged_file_is_measured_again(text):
+    choose({"dense": waits(2e-3), "cpu": waits(1e-4)})
+    dispatch.cache_file().write_text(text)
+    dispatch.clear()
+    assert choose({"dense": waits(1e-4), "cpu": waits(2e-3)}) == "dense"
+    assert json.loads(dispatch.cache_file().read_text())["decisions"][0]["backend"] == "dense"
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPARSELOTTERY_CACHE", str(tmp_path / "file" / "below"))
+    assert choose({"dense": waits(2e-3), "cpu": waits(1e-4)}) == "cpu"
+    assert dispatch.lookup("test_op", KEY) == "cpu"
+
+
+def _measure_in_another_process(folder, number):
+    os.environ["SPARSELOTTERY_CACHE"] = folder
+    for i in range(5):
+        key = ("forward", (number, i), *KEY[2:])
+        dispatch.choose("test_op", key, {"dense": waits(1e-5), "cpu": waits(1e-6)}, rule=refuse)
+
+
+def test_processes_share_the_file(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_measure_in_another_process, args=(str(tmp_path), n)) for n in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert len(dispatch.table()) == 10
+
+
+def test_measuring_is_interleaved_and_bounded():
+    log = []
+    dispatch.measure({"dense": waits(1e-5, log, "d"), "cpu": waits(1e-5, log, "c")})
+    assert "".join(log) == "dc" * 6
+    start = time.perf_counter()
+    log.clear()
+    seconds = dispatch.measure({"dense": waits(0.2, log, "d"), "cpu": waits(0.2, log, "c")})
+    assert log == ["d", "c"] and time.perf_counter() - start < 5  # slow ones run once
+    assert seconds["dense"] >= 0.2
+
+
+def test_a_failing_candidate_is_not_hidden():
+    with pytest.raises(AssertionError, match="must not be called"):
+        choose({"dense": waits(1e-5), "cpu": refuse})
+    assert dispatch.lookup("test_op", KEY) is None
+
+
+def test_buckets():
+    batches = [dispatch.batch_bucket(b) for b in range(1, 2000)]
+    assert all(b <= bucket <= 1.25 * b for b, bucket in enumerate(batches, 1)) and batches == sorted(batches)
+    assert dispatch.batch_bucket(60) == 64 and dispatch.batch_bucket(128) == 128
+    for density in (1.0, 0.5, 0.1, 0.02, 1e-4):
+        assert dispatch.bucket_density(dispatch.density_bucket(density)) == pytest.approx(density, rel=0.1)
+    assert dispatch.bucket_density(dispatch.density_bucket(0.0)) == 0
+
+
+def test_an_op_measures_without_disturbing_its_user():
+    x, w, b = torch.randn(64, 96, requires_grad=True), torch.randn(80, 96, requires_grad=True), torch.randn(80)
+    keep = torch.rand(80, 96) < 0.1
+    words = reference.bitmask_pack(keep)
+    state = torch.random.get_rng_state()
+    before = w.detach().clone()
+    masked_linear(x, w, words, b).sum().backward()
+    assert torch.equal(torch.random.get_rng_state(), state) and torch.equal(w, before)
+    torch.testing.assert_close(w.grad, (torch.ones(80, 64) @ x.detach()) * keep)  # once, not once per candidate
+    rows = {row["direction"]: row for row in dispatch.table()}
+    assert set(rows) == {"forward", "backward"}
+    assert all(set(row["us"]) == {"dense", "cpu"} for row in rows.values())
+
+
+def test_reproducible_runs_are_equal_bit_for_bit():
+    x, w = torch.randn(64, 300), torch.randn(200, 300)
+    words = reference.bitmask_pack(torch.rand(200, 300) < 0.05)
+    results = []
+    for _ in range(2):
+        dispatch.clear()
+        with dispatch.reproducible():
+            leaf = w.clone().requires_grad_()
+            y = masked_linear(x, leaf, words)
+            y.square().sum().backward()
+            results.append((y.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert dispatch.table() == []
