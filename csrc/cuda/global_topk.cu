@@ -22,32 +22,21 @@
 #include <vector>
 
 #include "../global_topk.h"
+#include "global_topk_search.cuh"
+#include "global_topk_weights.cuh"
 #include "launch.cuh"
 
 namespace sl::cuda {
 namespace {
 
-constexpr int kBins = 2048, kBinBits = 11;
-constexpr int kBatch = 8;          // loads of a lane in flight
 constexpr int kQueue = 4 * kWarp;  // candidates a warp collects in shared memory before it appends them to the pool
-constexpr int64_t kTile = kWarp * kWarp;  // positions of a tile
-constexpr int64_t kChunks = 4096;         // ties are counted in at most so many pieces
-#ifndef SL_SAMPLE_ABOVE                   // tests lower it, to take every path with few weights
+constexpr int64_t kChunks = 4096;  // ties are counted in at most so many pieces
+#ifndef SL_SAMPLE_ABOVE            // tests lower it, to take every path with few weights
 #define SL_SAMPLE_ABOVE 65536
 #endif
 constexpr int64_t kSampleAbove = SL_SAMPLE_ABOVE;  // shorter lists go to the pool whole
 constexpr int64_t kMaxSample = int64_t{1} << 20;
 constexpr double kSigmas = 4.5;
-
-struct Entry {
-  const void* data;
-  const uint32_t* eligible;
-  uint32_t* words;
-  Layout layout;
-  int64_t first_tile;   // tiles of the tensors before it
-  int64_t first_index;  // weights of the tensors before it
-  int64_t dtype;
-};
 
 // Kernel parameters hold 4 KiB: the table travels in them, since a copy from the host's memory could not be captured.
 constexpr int kEntriesPerLaunch = 48;
@@ -56,22 +45,6 @@ struct EntryBatch {
 };
 static_assert(sizeof(EntryBatch) <= 3840);
 
-struct Table {
-  const Entry* entries;
-  int tensors;
-  int64_t tiles, weights;
-};
-
-// The search for the rank-th largest (from 1) of the values in [lo, hi). Done when hi - lo <= 2^grain.
-struct Search {
-  u64 lo, hi, rank;
-  int grain;
-
-  __device__ int bits() const { return hi - lo <= 1 ? 0 : 64 - __clzll(static_cast<long long>(hi - lo - 1)); }
-  __device__ bool done() const { return bits() <= grain; }
-  __device__ int shift() const { return bits() > kBinBits ? bits() - kBinBits : 0; }
-};
-
 enum Path : int { kNothing, kPool, kWeights };  // kNothing: no survivor at all
 
 struct State {
@@ -79,256 +52,12 @@ struct State {
   Search pick;       // kPool: the last survivor among the candidates; kWeights: the range of its key
   u64 bracket_lo, bracket_hi;
   u64 above, inside;  // keys >= bracket_hi, keys in the bracket
-  u64 keep, ties;     // ties: how many equal to the last survivor's key survive
-  u64 threshold;      // its key
-  u64 first_nan;      // tensor
+  u64 keep;
+  u64 threshold;  // the last survivor's key
+  u64 first_nan;  // tensor
   int path;
   unsigned ticket[2];
 };
-
-// ---- keys ----
-
-template <class Key>
-constexpr Key kNoKey = std::numeric_limits<Key>::max();  // above every number's key
-
-__device__ inline uint32_t half_to_float(uint16_t h) {
-#ifdef __CUDA_ARCH__
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-  return __float_as_uint(f);
-#else
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = h >> 10 & 31u, mantissa = h & 1023u;
-  if (exponent == 31) return sign | 0x7f800000u | mantissa << 13;
-  if (exponent != 0) return sign | (exponent + 112) << 23 | mantissa << 13;
-  return sign | __float_as_uint(static_cast<float>(mantissa) * 0x1p-24f);
-#endif
-}
-
-template <DType D>
-struct Raw;
-template <>
-struct Raw<DType::kFloat32> {
-  using Type = uint32_t;
-  static __device__ uint32_t bits(Type raw) { return raw; }
-};
-template <>
-struct Raw<DType::kFloat16> {
-  using Type = uint16_t;
-  static __device__ uint32_t bits(Type raw) { return half_to_float(raw); }
-};
-template <>
-struct Raw<DType::kBFloat16> {
-  using Type = uint16_t;
-  static __device__ uint32_t bits(Type raw) { return static_cast<uint32_t>(raw) << 16; }
-};
-template <>
-struct Raw<DType::kFloat64> {
-  using Type = uint64_t;
-  static __device__ uint64_t bits(Type raw) { return raw; }
-};
-
-// Bits of the float (Key uint32_t) or double (uint64_t) with the raw value's number.
-template <DType D, class Key>
-__device__ Key widen(typename Raw<D>::Type raw) {
-  const auto bits = Raw<D>::bits(raw);
-  if constexpr (sizeof(bits) == sizeof(Key)) {
-    return bits;
-  } else {
-    const double wide = static_cast<double>(__uint_as_float(bits));
-    return static_cast<Key>(__double_as_longlong(wide));
-  }
-}
-
-template <class Key>
-constexpr Key kSign = Key{1} << (8 * sizeof(Key) - 1);
-template <class Key>
-constexpr Key kInfinity = sizeof(Key) == 4 ? static_cast<Key>(0x7f800000u) : static_cast<Key>(0x7ff0000000000000ull);
-
-template <class Key>
-__device__ bool is_nan(Key bits) {
-  return (bits & ~kSign<Key>) > kInfinity<Key>;
-}
-
-// Monotonic in |value|, or in the value itself (then -0 must not fall below +0).
-template <class Key, bool kByValue>
-__device__ Key to_key(Key bits) {
-  if (!kByValue) return bits & ~kSign<Key>;
-  if (bits == kSign<Key>) bits = 0;
-  return (bits & kSign<Key>) != 0 ? ~bits : bits | kSign<Key>;
-}
-
-template <class Key, bool kByValue>
-__device__ double to_number(Key key) {
-  if (kByValue) key = (key & kSign<Key>) != 0 ? key ^ kSign<Key> : ~key;
-  if constexpr (sizeof(Key) == 4) {
-    return static_cast<double>(__uint_as_float(key));
-  } else {
-    return __longlong_as_double(static_cast<long long>(key));
-  }
-}
-
-// ---- walking the weights ----
-
-// The last tensor that begins at or before `tile` (tensors without tiles begin where the next one does). `near`: a
-// tensor that begins before it.
-__device__ inline int tensor_of_tile(const Table& table, int64_t tile, int near) {
-  int low = near, high = table.tensors - 1;
-  if (low == high || table.entries[low + 1].first_tile > tile) return low;
-  while (low < high) {
-    const int middle = low + (high - low + 1) / 2;
-    if (table.entries[middle].first_tile <= tile) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
-// Calls visit(j, key, counts, nan) for each word j of a tile with all lanes: lane i has weight i of the word; `counts`
-// where there is such a weight and it is eligible.
-template <DType D, class Key, bool kByValue, class Visit>
-__device__ __forceinline__ void visit_words(const Entry& entry, int64_t first, const Visit& visit) {
-  using Type = typename Raw<D>::Type;
-  const Type* data = static_cast<const Type*>(entry.data);
-  const int lane = lane_id();
-  const Span mine = entry.layout.span(first + lane);
-  const uint32_t eligible = entry.eligible == nullptr           ? kAllLanes
-                            : first + lane < entry.layout.words ? entry.eligible[first + lane]
-                                                                : 0;
-  for (int group = 0; group < kWarp && first + group < entry.layout.words; group += kBatch) {
-    Type raw[kBatch];
-    int counts[kBatch];
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {  // all loads before the first use
-      const Span span = span_of(mine, group + u);
-      counts[u] = span.count;
-      raw[u] = lane < span.count ? data[span.start + lane] : Type{0};
-    }
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      const uint32_t allowed = __shfl_sync(kAllLanes, eligible, group + u);
-      const Key bits = widen<D, Key>(raw[u]);
-      visit(group + u, to_key<Key, kByValue>(bits), lane < counts[u] && (allowed >> lane & 1) != 0, is_nan(bits));
-    }
-  }
-}
-
-template <class Key, bool kByValue, class Visit>
-__device__ __forceinline__ void visit_tile(const Entry& entry, int64_t tile, const Visit& visit) {
-  const int64_t first = (tile - entry.first_tile) * kWarp;
-  switch (static_cast<DType>(entry.dtype)) {
-    case DType::kFloat32:
-      return visit_words<DType::kFloat32, Key, kByValue>(entry, first, visit);
-    case DType::kFloat16:
-      return visit_words<DType::kFloat16, Key, kByValue>(entry, first, visit);
-    case DType::kBFloat16:
-      return visit_words<DType::kBFloat16, Key, kByValue>(entry, first, visit);
-    case DType::kFloat64:
-      if constexpr (sizeof(Key) == 8) visit_words<DType::kFloat64, Key, kByValue>(entry, first, visit);
-      return;
-  }
-}
-
-template <class Key, bool kByValue>
-__device__ Key key_at(const Entry& entry, int64_t index) {
-  switch (static_cast<DType>(entry.dtype)) {
-    case DType::kFloat32:
-      return to_key<Key, kByValue>(widen<DType::kFloat32, Key>(static_cast<const uint32_t*>(entry.data)[index]));
-    case DType::kFloat16:
-      return to_key<Key, kByValue>(widen<DType::kFloat16, Key>(static_cast<const uint16_t*>(entry.data)[index]));
-    case DType::kBFloat16:
-      return to_key<Key, kByValue>(widen<DType::kBFloat16, Key>(static_cast<const uint16_t*>(entry.data)[index]));
-    case DType::kFloat64:
-      if constexpr (sizeof(Key) == 8) {
-        return to_key<Key, kByValue>(widen<DType::kFloat64, Key>(static_cast<const uint64_t*>(entry.data)[index]));
-      }
-  }
-  return 0;
-}
-
-__device__ inline uint32_t lanes_below() { return (1u << lane_id()) - 1; }
-
-// True in all threads of the block that is the last of `blocks` to get here; what the others wrote before is then
-// visible.
-__device__ inline bool last_block(unsigned* ticket, unsigned blocks) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();  // what this block wrote, before its ticket
-  if (threadIdx.x == 0) {
-    last = atomicAdd(ticket, 1u) == blocks - 1;
-    if (last) *ticket = 0;
-  }
-  __syncthreads();
-  const bool result = last;
-  __threadfence();
-  return result;
-}
-
-// ---- narrowing a search by a histogram of 2048 bins ----
-
-__device__ inline void clear_bins(unsigned* bins) {
-  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kBlock) bins[i] = 0;
-  __syncthreads();
-}
-
-// Adds the values of the lanes with `counts` to the block's bins. A block sees less than 2^32 values.
-__device__ inline void add_to_bins(unsigned* bins, const Search& search, int shift, u64 value, bool counts) {
-  counts = counts && value >= search.lo && value < search.hi;
-  const uint32_t active = __ballot_sync(kAllLanes, counts);
-  if (active == 0) return;
-  const int bin = static_cast<int>((value - search.lo) >> shift);
-  const int leader = __ffs(static_cast<int>(active)) - 1;
-  const int leading = __shfl_sync(kAllLanes, bin, leader);
-  // Heavy ties are why this runs at all: 32 additions to one bin would go one after another.
-  if (__ballot_sync(kAllLanes, counts && bin == leading) == active) {
-    if (lane_id() == leader) atomicAdd(bins + leading, static_cast<unsigned>(__popc(active)));
-  } else if (counts) {
-    atomicAdd(bins + bin, 1u);
-  }
-}
-
-// Adds the block's bins to `histogram`; the last block finds the bin that holds the rank-th largest, makes it the range
-// of the search and leaves the histogram zero.
-__device__ inline void narrow(Search* search, u64* histogram, unsigned* ticket, const unsigned* bins, int shift) {
-  __shared__ u64 warp_sums[kWarps];
-  __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kBlock) {
-    if (bins[i] != 0) atomicAdd(histogram + i, static_cast<u64>(bins[i]));
-  }
-  if (!last_block(ticket, gridDim.x)) return;
-  constexpr int kPerThread = kBins / kBlock;
-  const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kPerThread;  // thread 0 has the largest values
-  u64 counts[kPerThread], sum = 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    counts[i] = atomicExch(histogram + top - i, u64{0});
-    sum += counts[i];
-  }
-  u64 through = sum;  // how many values up to and with this thread's bins, from the top
-  for (int step = 1; step < kWarp; step *= 2) {
-    const u64 other = __shfl_up_sync(kAllLanes, through, step);
-    if (lane_id() >= step) through += other;
-  }
-  if (lane_id() == kWarp - 1) warp_sums[threadIdx.x / kWarp] = through;
-  __syncthreads();
-  for (int w = 0; w < static_cast<int>(threadIdx.x) / kWarp; ++w) through += warp_sums[w];
-  const u64 rank = search->rank;
-  __syncthreads();  // one thread changes the search that all have read
-  u64 before = through - sum;
-  if (before >= rank || through < rank) return;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    if (before < rank && before + counts[i] >= rank) {
-      const u64 lo = search->lo + (static_cast<u64>(top - i) << shift), hi = lo + (u64{1} << shift);
-      search->rank = rank - before;
-      search->lo = lo;
-      if (hi > lo && hi < search->hi) search->hi = hi;
-      return;
-    }
-    before += counts[i];
-  }
-}
 
 // ---- 0. set up ----
 
