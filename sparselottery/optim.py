@@ -26,6 +26,8 @@ class _Plan:
         kinds = {(masked_optim.backend_of(p), p.dtype) for p in params}
         self.fast = len(kinds) == 1 and next(iter(kinds))[0] == "cpu"
         self.pointers = [p.data_ptr() for p in params]
+        self.others = [t for tensors in [*lists, words] for t in tensors if t is not None]
+        self.other_pointers = [t.data_ptr() for t in self.others]
         self.sizes = [p.numel() for p in params]
         self.clean = [False] * len(params)
         self.versions = self._table = None
@@ -57,7 +59,7 @@ class _Plan:
         for i, p in enumerate(params):
             if p is not self.params[i] or words[i] is not self.words[i] or p.data_ptr() != self.pointers[i]:
                 return False
-            if grads[i].numel() != self.sizes[i]:
+            if grads[i].numel() != self.sizes[i] or grads[i].dtype is not p.dtype:
                 return False
             own = state[p]
             for slot, tensors in zip(slots, self.lists, strict=True):
@@ -65,6 +67,9 @@ class _Plan:
                     return False
             if own.get("step") is not self.steps[i]:
                 return False
+        # The same tensors in other memory: `state.data = ...`, share_memory_(). The extension keeps addresses.
+        if [t.data_ptr() for t in self.others] != self.other_pointers:
+            return False
         return self.versions == self.current_versions()
 
 
@@ -172,7 +177,7 @@ class SGD(_MaskedOptimizer):
         self, params, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=False, *,
         maximize=False, foreach=None, differentiable=False, fused=None,
     ):  # fmt: skip
-        if momentum < 0:
+        if not momentum >= 0:
             raise ValueError(f"momentum: expected a number of at least 0, got {momentum}")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov: expected momentum > 0 and dampening 0")
