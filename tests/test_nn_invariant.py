@@ -344,3 +344,69 @@ def test_an_optimizer_over_plain_and_masked_parameters():
     optimizer.step()
     check(masked)
     torch.testing.assert_close(plain.weight.detach(), before - 0.1)
+
+
+def test_functional_call_lends_parameters_and_leaves_masks_apart():
+    model, other = network(0.2), network(0.7)
+    keep = [layer.mask for net in (model, other) for _, layer in masked_modules(net)]
+    x, _ = batch()
+    for lent in (other, nn.Sequential(*[copy.deepcopy(layer) for layer in other])):
+        parameters = {name: nn.Parameter(torch.randn_like(p)) for name, p in lent.named_parameters()}
+        before = {name: p.clone() for name, p in parameters.items()}
+        expected = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, p in expected.named_parameters():
+                p.copy_(parameters[name])
+        torch.testing.assert_close(torch.func.functional_call(model, parameters, (x,)), expected(x))
+        torch.func.functional_call(model, dict(lent.named_parameters()), (x,))
+        assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+    assert keep == [layer.mask for net in (model, other) for _, layer in masked_modules(net)]
+    check(model)
+    check(other)
+
+
+def test_per_sample_gradients():
+    model, (x, _) = network(), batch()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x.unsqueeze(0),)).square().sum()
+
+    single = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(single[name].sum(0), p.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_parametrized_weight_is_masked_in_the_forward():
+    model, (x, _) = network(), batch()
+    layer = model[3]
+    keep = layer.mask.to_dense()
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    with torch.no_grad():
+        layer.parametrizations.weight.original1.add_(1.0)
+    expected = F.linear(torch.ones(2, 288), layer.weight * keep, layer.bias)
+    torch.testing.assert_close(layer(torch.ones(2, 288)), expected)
+    model.load_state_dict(copy.deepcopy(model).double().state_dict())
+    model(x).sum().backward()
+    with pytest.raises(ValueError, match="3: its weight is computed"):
+        sl.densify(model)
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    train(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_from_meta_by_to_empty_keeps_everything():
+    with torch.device("meta"):
+        layer = sl.MaskedLinear(40, 7)
+    layer.to_empty(device="cpu").reset_parameters()
+    assert layer.density == 1
+    layer.set_mask(torch.zeros(7, 40, dtype=torch.bool))
+    layer.weight.grad = torch.ones(7, 40)
+    torch.optim.SGD(layer.parameters(), 1.0).step()
+    assert (layer.weight == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing warns of every shape that is looked at
+def test_traces():
+    model, (x, _) = network().requires_grad_(False), batch()
+    torch.testing.assert_close(torch.jit.trace(model, x[:2])(x), model(x))

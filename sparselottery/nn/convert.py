@@ -86,11 +86,17 @@ def densify(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is not a module.
+        ValueError: the weight of a masked layer is computed by a parametrization or a hook. Nothing has changed then.
     """
     _check_module(model)
-    for module in model.modules():
-        if isinstance(module, MaskedWeight):
-            to_plain(module)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedWeight)}
+    for name, layer in layers.items():
+        if "weight" not in layer._parameters:
+            raise ValueError(
+                f"{name or 'model'}: its weight is computed by a parametrization or a hook; remove that first"
+            )
+    for layer in layers.values():
+        to_plain(layer)
     return model
 
 
@@ -144,10 +150,10 @@ def from_torch_prune(model: nn.Module) -> nn.Module:
 def masked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of every masked layer, in the order of `named_modules()`, once per distinct weight."""
     _check_module(model)
-    seen = set()
+    seen = {}  # holds the weights, too: one that a parametrization computes would leave its id to the next
     for name, module in model.named_modules():
-        if isinstance(module, MaskedWeight) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
+        if isinstance(module, MaskedWeight) and id(weight := module.weight) not in seen:
+            seen[id(weight)] = weight
             yield name, module
 
 

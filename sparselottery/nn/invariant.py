@@ -8,11 +8,14 @@ Who writes, and what restores zeros before anybody can compute with the result:
 - anything else in place (`nn.init`, `copy_` under no_grad, `weight = nn.Parameter(...)`, a broadcast): the layer
   remembers the version of weight and mask, and looks before its next forward. A write through `weight.data` leaves no
   version; it is noticed when the storage is another one, when one pruned weight (the first) is no longer zero, as after
-  any write to the whole tensor, and in any case after the next optimizer step, `train()`, `eval()` or `state_dict()`.
+  any write to the whole tensor, and in any case after the next step of an optimizer of torch (those of
+  `sparselottery.optim` go by versions), `train()`, `eval()` or `state_dict()`.
 
-So no forward pays for a multiply by the mask. While torch.compile or torch.export traces, none of this can be seen, and
-the op multiplies by the mask itself. The gradient of a masked layer is zero off the mask; where the weight is also used
-outside of masked layers, its gradient is the true one, and only the weight is kept at zero.
+A Parameter that `torch.func.functional_call` lends to a layer is only read, and a weight that a parametrization computes
+is not kept at zero; the op multiplies both by the mask. So no other forward pays for a multiply by the mask. While
+torch.compile or torch.export traces, none of this can be seen, and the op multiplies by the mask itself. The gradient of
+a masked layer is zero off the mask; where the weight is also used outside of masked layers, its gradient is the true
+one, and only the weight is kept at zero.
 """
 
 from __future__ import annotations
@@ -82,9 +85,9 @@ class MaskedWeight:
 
     def _premasked(self) -> bool:
         """True when `weight` is known to be zero off the mask, restoring the zeros if they may be gone."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        weight, words = self._parameters["weight"], self._buffers["weight_mask"]
+        weight, words = self._parameters.get("weight"), self._buffers["weight_mask"]
         if type(weight) is not nn.Parameter:  # functional_call, vmap, replicas: somebody else's tensor
             return False
         try:
@@ -92,33 +95,34 @@ class MaskedWeight:
         except RuntimeError:  # tensors of inference_mode have no version, fake ones no address
             return False
         if now != self._seen or (self._probe is not None and bool(self._probe)):
-            self._restore()
+            return self._restore()
         return True
 
     def _nothing_pruned(self) -> bool:
         """True when the mask is known to keep everything; asked after `_premasked()` said True."""
         return self._dead is None
 
-    def _restore(self) -> None:
-        """Zero what the mask prunes. Writes through `.data`: what changes has no say in any graph, so none is told."""
-        weight, words = self._parameters["weight"], self._buffers["weight_mask"]
-        if type(weight) is not nn.Parameter or weight.is_meta:
-            return
-        if not any(owner is self for owner in masks.owners_of(weight)):
-            self._join(weight)
-            words = self._buffers["weight_mask"]
+    def _restore(self) -> bool:
+        """Zero what the mask prunes; False where the weight is not the layer's own, and left alone.
+
+        Writes through `.data`: what changes has no say in any graph, so none is told.
+        """
+        weight, words = self._parameters.get("weight"), self._buffers["weight_mask"]
+        if type(weight) is not nn.Parameter or weight.is_meta or not self._owns(weight):
+            return False
         data = weight.data
         bitmask.apply_(data, words)
         try:
             seen = (id(weight), weight._version, weight.data_ptr(), id(words), words._version)
         except RuntimeError:
             self._forget()
-            return
+            return True
         if self._seen is None or seen[3:] != self._seen[3:]:
             self.__dict__["_dead"] = _first_zero(words, weight.shape)
         on_cpu = weight.device.type == "cpu"  # elsewhere a look would wait for the device
         self.__dict__["_probe"] = data[self._dead] if on_cpu and self._dead is not None else None
         self.__dict__["_seen"] = seen
+        return True
 
     def _note_version(self, weight: nn.Parameter) -> None:
         """The weight has changed and is known to be zero off the mask: nothing to look for before the next forward."""
@@ -138,6 +142,16 @@ class MaskedWeight:
         masks.attach(weight, self)
         _watch_optimizers()
 
+    def _owns(self, weight: nn.Parameter) -> bool:
+        return any(owner is self for owner in masks.owners_of(weight))
+
+    def _adopt(self) -> None:
+        """Own the weight even if it was put there past `register_parameter`; not asked in a forward, see `_premasked`."""
+        weight = self._parameters.get("weight")
+        if type(weight) is nn.Parameter and not self._owns(weight):
+            self._join(weight)
+        self._forget()
+
     def _start(self, mask: Mask | Tensor | None = None) -> None:
         """Make the module a masked layer that keeps everything, or what `mask` says."""
         weight = self._parameters["weight"]
@@ -148,8 +162,13 @@ class MaskedWeight:
 
     # ---- nn.Module's own doings ----
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "weight" and "weight_mask" in self._buffers:  # layer.weight = ..., as when weights are tied
+            self._adopt()
+
     def train(self, mode: bool = True):
-        self._forget()
+        self._adopt()
         return super().train(mode)
 
     def reset_parameters(self) -> None:
@@ -162,25 +181,30 @@ class MaskedWeight:
         return super().extra_repr() + kept
 
     def _apply(self, *args, **kwargs):
+        was_meta = self._buffers["weight_mask"].is_meta
         super()._apply(*args, **kwargs)
-        words, weight = self._buffers["weight_mask"], self._parameters["weight"]
+        self._adopt()
+        words, weight = self._buffers["weight_mask"], self._parameters.get("weight")
+        if was_meta and not words.is_meta:  # to_empty: no bits have ever been there
+            words.copy_(bitmask.full_words(self.weight.shape, True, words.device))
+        if weight is None:
+            return self
         for other in masks.owners_of(weight):  # the move made a copy of the words for each of them: one again
             other._buffers["weight_mask"] = words
             other._forget()
-        self._forget()
         return self
 
     def _save_to_state_dict(self, *args, **kwargs) -> None:
         if not torch.compiler.is_compiling():
-            self._forget()
-            self._premasked()
+            self._adopt()
+            self._restore()
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest) -> None:
         key = prefix + "weight_mask"
         plain = key not in state_dict and prefix + "weight" in state_dict
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
-        weight, words = self._parameters["weight"], self._buffers["weight_mask"]
+        weight, words = self.weight, self._buffers["weight_mask"]
         if plain:  # the state of a layer without a mask: everything is kept
             if key in missing_keys:
                 missing_keys.remove(key)
@@ -191,7 +215,7 @@ class MaskedWeight:
                 self._buffers["weight_mask"] = full
         elif tuple(words.shape) == bitmask.words_shape(weight.shape) and not words.is_meta:
             words &= bitmask.full_words(weight.shape, True, words.device)  # padding is 0, whatever the file says
-        self._forget()
+        self._adopt()
         self._restore()
 
     def __getstate__(self) -> dict:
@@ -238,7 +262,7 @@ def _after_step(optimizer: Optimizer, args, kwargs) -> None:
     keeps_zeros = getattr(optimizer, "masks_weights", False)
     for group in optimizer.param_groups:
         for param in group["params"]:
-            owners = masks.owners_of(param)
+            owners = [owner for owner in masks.owners_of(param) if isinstance(owner, MaskedWeight)]
             if not owners:
                 continue
             first = owners[0]

@@ -255,11 +255,21 @@ def _is_record(record):
         isinstance(record, dict)
         and isinstance(record.get("op"), str)
         and isinstance(record.get("key"), str)
+        and _is_key(record["key"])
         and isinstance(record.get("us"), dict)
         and all(isinstance(us, (int, float)) for us in record["us"].values())
         and "dense" in record["us"]
         and record.get("backend") in record["us"]
     )
+
+
+def _is_key(text):
+    """Whether a key of a record is what `table` can take apart."""
+    try:
+        key = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return isinstance(key, tuple) and (len(key) < 4 or isinstance(key[KEY_FIELDS.index("density_bucket")], int))
 
 
 def _save():

@@ -246,6 +246,8 @@ def _output_shape(x, weight, stride, padding, dilation):
 
 
 class _MaskedConv2d(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, weight, words, bias, stride, padding, dilation, groups, premasked):
         return torch.ops.sparselottery.masked_conv2d(

@@ -374,6 +374,21 @@ class _MaskedLinear(torch.autograd.Function):
         return dx, dw, None, db, None
 
 
+class _TransformedLinear(_MaskedLinear):
+    """The form that torch.func's transforms (grad, vmap, ...) ask for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, words, bias, premasked):
+        return torch.ops.sparselottery.masked_linear(x, weight, words, bias, premasked)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, words, _, ctx.premasked = inputs
+        ctx.save_for_backward(x, weight, words)
+
+
 def _differentiable_backward(grad, x, weight, words, wanted):
     keep = reference.bitmask_unpack(words, weight.shape)
     dx = grad @ torch.where(keep, weight, 0) if wanted[0] else None
@@ -406,6 +421,8 @@ def masked_linear(
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return _TransformedLinear.apply(x, weight, words, bias, premasked)
         return _MaskedLinear.apply(x, weight, words, bias, premasked)
     return torch.ops.sparselottery.masked_linear(x, weight, words, bias, premasked)
 
