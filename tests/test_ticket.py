@@ -270,3 +270,40 @@ def test_a_ticket_read_by_another_process_starts_the_same_network(tmp_path):
     )
     out = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True).stdout
     assert float(out) == pytest.approx(want, rel=1e-6)
+
+
+class Awkward(nn.Module):
+    """State that shares memory, and a buffer named as ours are in a module that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("weight_mask", torch.arange(3.0))
+        self.register_buffer("square", torch.arange(64.0).reshape(8, 8))
+        self.register_buffer("turned", self.square.t())
+        self.register_buffer("part", self.square[2:4])
+
+
+def test_initial_state_may_share_memory(tmp_path):
+    model = Awkward()
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
+    sl.prune(model, density=0.5)
+    shared = {key: value for key, value in model.state_dict().items() if key in initial}
+    held = sl.Ticket({"inner": model.inner.mask}, shared | {"inner.weight": initial["inner.weight"]})
+    for ticket in (held, sl.Ticket.of(model, initial)):
+        ticket.save(tmp_path / "t")
+        loaded = sl.Ticket.load(tmp_path / "t")
+        assert all(torch.equal(loaded.initial[key], value) for key, value in initial.items())
+        assert sl.Ticket.load(tmp_path / "t").apply(Awkward()).inner.mask == model.inner.mask
+
+
+def test_state_that_is_no_tensor_is_refused():
+    class Extra(nn.Sequential):
+        def get_extra_state(self):
+            return {"a": 1}
+
+    model = Extra(nn.Linear(4, 4))
+    sl.prune(model, density=0.5)
+    with pytest.raises(sl.TicketError, match="_extra_state: expected a tensor, got dict"):
+        sl.Ticket.of(model, model)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from ..masks import Mask
@@ -68,7 +69,11 @@ class Ticket:
             raise TypeError(f"initial: expected a state_dict or an nn.Module, got {type(initial).__name__}")
         own = _plain_state(model)
         mask_keys = {key for key in initial if key.endswith("weight_mask") and key.removesuffix("_mask") in initial}
-        given = {key: value for key, value in initial.items() if key not in mask_keys and isinstance(value, Tensor)}
+        given = {  # a module of somebody else's may have such a buffer too: then the model has it without its masks
+            key: value
+            for key, value in initial.items()
+            if (key in own or key not in mask_keys) and isinstance(value, Tensor)
+        }
         _check_keys("initial", {key: v.shape for key, v in own.items()}, {key: v.shape for key, v in given.items()})
         copies: dict[tuple, Tensor] = {}
         state = {}
@@ -236,7 +241,11 @@ def _plain_state(model):
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, MaskedWeight)
     }
-    return {key: value for key, value in model.state_dict().items() if key not in skip}
+    state = {key: value for key, value in model.state_dict().items() if key not in skip}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TicketError(f"{key}: expected a tensor, got {type(value).__name__}; tickets hold only tensors")
+    return state
 
 
 def _check_keys(what, expected, got):
@@ -259,12 +268,13 @@ def _distinct(tensors):
     """Each tensor once (safetensors refuses shared memory), and {key: the key it is stored under}."""
     stored, aliases, places = {}, {}, {}
     for key, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else key
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else key
         if place in places:
             aliases[key] = places[place]
         else:
             places[place] = key
-            stored[key] = tensor.contiguous()
+            whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+            stored[key] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
     return stored, aliases
 
 
