@@ -108,6 +108,14 @@ def test_a_damaged_file_is_measured_again(text):
     assert json.loads(dispatch.cache_file().read_text())["decisions"][0]["backend"] == "dense"
 
 
+@pytest.mark.parametrize("key", ["garbage(", "5", "(1, 2, 3, 'x')"])
+def test_a_record_with_a_foreign_key_is_left_out(key):
+    record = {"op": "op", "key": key, "backend": "dense", "us": {"dense": 1.0}}
+    dispatch.cache_file().parent.mkdir(parents=True, exist_ok=True)
+    dispatch.cache_file().write_text(json.dumps({"decisions": [record]}))
+    assert dispatch.table() == []
+
+
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPARSELOTTERY_CACHE", str(tmp_path / "file" / "below"))
