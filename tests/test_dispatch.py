@@ -8,7 +8,9 @@ import time
 import pytest
 import torch
 
+from sparselottery import _ext
 from sparselottery.ops import dispatch, reference
+from sparselottery.ops import masked_linear as op
 from sparselottery.ops.masked_linear import masked_linear
 
 KEY = ("forward", (64, 64), "float32", 13, 16, 1, "cpu")
@@ -194,3 +196,22 @@ def test_reproducible_runs_are_equal_bit_for_bit():
             results.append((y.detach(), leaf.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert dispatch.table() == []
+
+
+@pytest.mark.parametrize(
+    "direction, shape, density, batch, name",
+    [
+        ("forward", (300, 784), 0.1, 60, "cpu"),
+        ("forward", (300, 784), 0.5, 60, "dense"),
+        ("backward", (300, 784), 0.02, 1, "dense"),
+        ("forward", (300, 784), 0.02, 1, "cpu"),
+        ("forward", (100, 300), 0.02, 1, "dense"),
+    ],
+)
+def test_the_rule_of_masked_linear(direction, shape, density, batch, name):
+    key = (direction, shape, "float32", dispatch.density_bucket(density), batch, 1, "cpu", True)
+    for isa in _ext.extension().cpu_isas():
+        _ext.extension().cpu_set_isa(isa)
+        assert op._rule(key) == ("dense" if isa == "portable" and density > 0.09 else name)
+    _ext.extension().cpu_set_isa("auto")
+    assert op._rule((*key[:6], "cuda", True)) == "dense"
