@@ -7,8 +7,8 @@
 namespace sl::cpu {
 
 // The survivors of one mask, indexed for the CPU kernels, with the weights' values as they were last gathered. Needs
-// about 12 bytes per survivor for the forward and 18 for the backward, built when they are first asked for. Calls on
-// one plan run one after the other (a lock); each uses the threads that torch.set_num_threads allows.
+// about 14 bytes per survivor for the forward and 10 more for the backward, built when they are first asked for. Calls
+// on one plan run one after the other (a lock); each uses the threads that torch.set_num_threads allows.
 class MaskedLinearPlan {
  public:
   // words: [rows, words_per_row(columns)]. Throws std::invalid_argument from 2^32 weights on.

@@ -29,7 +29,7 @@ namespace {
 
 constexpr int64_t kMaxPanel = 65536;     // an index in a panel has 16 bits
 constexpr int64_t kSmallWork = 1 << 17;  // multiply-adds below which waking other threads costs more than it saves
-constexpr int64_t kAhead = 3;            // segments whose weights are fetched ahead of their use
+constexpr uint32_t kAhead = 32;          // survivors whose weights are fetched ahead of their use
 constexpr int64_t kSamples = 64;         // words and weights that looks_like compares
 
 struct Kernels {
@@ -170,11 +170,12 @@ int64_t block_for(int64_t lines) {
 
 struct MaskedLinearPlan::Impl {
   int64_t rows, columns, words_per_line;
-  std::vector<uint32_t> offsets;  // [rows + 1]: the mask, row by row
-  Array<uint32_t> column;         // [count]
-  Order panelled, whole;          // rows, for batches and for a single sample
-  Order transposed;               // columns
-  Array<uint32_t> where;          // [count]: where a survivor of the row order stands in `transposed`
+  std::vector<uint32_t> offsets;   // [rows + 1]: the mask, row by row
+  Array<uint32_t> column;          // [count]
+  Order panelled, whole;           // rows, for batches and for a single sample
+  Order transposed;                // columns
+  Array<uint32_t> where;           // [count]: where a survivor of the row order stands in `transposed`
+  Array<uint32_t> panelled_where;  // [count]: and where in `panelled`
   std::vector<uint32_t> sample_word, sample_bits;
   std::vector<uint64_t> sample_weight;
   std::vector<float> sample_value;
@@ -184,39 +185,41 @@ struct MaskedLinearPlan::Impl {
   int64_t count() const { return offsets.back(); }
   double density() const { return static_cast<double>(count()) / std::max<int64_t>(1, rows * columns); }
 
-  void gather_rows(Order& order, const float* weight) {
-    if (order.has_values) return;
-    const SparseLayout& m = order.layout;
+  void gather_whole(const float* weight) {
+    if (whole.has_values) return;
+    const SparseLayout& m = whole.layout;
     const int threads = thread_count(count());
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t block = 0; block < m.blocks; block++) {
-      const int64_t first = block * m.block, lines = std::min(m.block, m.lines - first);
-      for (int64_t p = 0; p < m.panels; p++) {
-        const int64_t segment = first * m.panels + p * lines;
-        for (int64_t r = segment; r < segment + lines; r++) {
-          const float* row = weight + static_cast<int64_t>(m.line[r]) * columns + p * m.panel;
-          if (const int64_t next = r + kAhead; next < segment + lines) {
-            const float* ahead = weight + static_cast<int64_t>(m.line[next]) * columns + p * m.panel;
-            for (uint32_t k = m.begin[next]; k < m.begin[next + 1]; k++) __builtin_prefetch(ahead + m.index[k]);
-          }
-          for (uint32_t k = m.begin[r]; k < m.begin[r + 1]; k++) order.value[k] = row[m.index[k]];
-        }
-      }
+    for (int64_t r = 0; r < rows; r++) {
+      const float* row = weight + static_cast<int64_t>(m.line[r]) * columns;
+      for (uint32_t k = m.begin[r]; k < m.begin[r + 1]; k++) whole.value[k] = row[m.index[k]];
     }
-    order.has_values = true;
+    whole.has_values = true;
     sample(weight);
   }
 
-  void gather_columns(const float* weight) {
-    if (transposed.has_values) return;
-    float* value = transposed.value.get();
+  // Values for the batched forward and, if a backward has been here before, for the next one too: the dense weight is
+  // read once, row by row, which for a large one costs more than anything done to its survivors.
+  void gather(const float* weight, bool forward, bool backward) {
+    forward = forward && !panelled.has_values;
+    backward = backward && !transposed.has_values;
+    if (!forward && !backward) return;
+    float* rows_value = panelled.value.get();
+    float* columns_value = transposed.value.get();
     const int threads = thread_count(count());
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) {
       const float* row = weight + i * columns;
-      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) value[where[k]] = row[column[k]];
+      const uint32_t s = offsets[i], e = offsets[i + 1];
+      for (uint32_t k = s; k < e; k++) {
+        if (k + kAhead < e) __builtin_prefetch(row + column[k + kAhead]);
+        const float v = row[column[k]];
+        if (forward) rows_value[panelled_where[k]] = v;
+        if (backward) columns_value[where[k]] = v;
+      }
     }
-    transposed.has_values = true;
+    panelled.has_values = panelled.has_values || forward;
+    transposed.has_values = transposed.has_values || backward;
     sample(weight);
   }
 
@@ -225,8 +228,10 @@ struct MaskedLinearPlan::Impl {
     has_sample = true;
   }
 
-  void build_rows(Order& order, int64_t block, int64_t panel) {
-    if (order.layout.blocks == 0) order.build(rows, columns, block, panel, offsets, column.get(), nullptr);
+  void build_rows(Order& order, int64_t block, int64_t panel, Array<uint32_t>* places) {
+    if (order.layout.blocks > 0) return;
+    uint32_t* place = places != nullptr ? places->reserve(count()) : nullptr;
+    order.build(rows, columns, block, panel, offsets, column.get(), place);
   }
 
   void build_columns() {
@@ -363,13 +368,13 @@ void MaskedLinearPlan::forward(const float* x, int64_t x_stride, int64_t batch, 
   const int threads = thread_count(m.count() * batch);
   const Kernels k = kernels(batch);
   if (batch == 1 && m.columns <= kMaxPanel && tile == 0) {
-    m.build_rows(m.whole, std::min<int64_t>(64, block_for(m.rows)), kMaxPanel);
-    m.gather_rows(m.whole, weight);
+    m.build_rows(m.whole, std::min<int64_t>(64, block_for(m.rows)), kMaxPanel, nullptr);
+    m.gather_whole(weight);
     kernels(std::numeric_limits<int64_t>::max()).vector({m.whole.layout, x, bias, y, threads});
     return;
   }
-  m.build_rows(m.panelled, block_for(m.rows), m.panel());
-  m.gather_rows(m.panelled, weight);
+  m.build_rows(m.panelled, block_for(m.rows), m.panel(), &m.panelled_where);
+  m.gather(weight, true, m.transposed.layout.blocks > 0);
   in_tiles(k, batch, tile, [&](int64_t first, int64_t count, int64_t vectors) {
     float* x_tile = workspace.x.reserve(m.columns * vectors * k.width);
     float* y_tile = workspace.y.reserve(m.rows * vectors * k.width);
@@ -383,7 +388,7 @@ void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const fl
   Impl& m = *impl_;
   std::lock_guard<std::mutex> guard(m.lock);
   m.build_columns();
-  if (dx != nullptr) m.gather_columns(weight);
+  if (dx != nullptr) m.gather(weight, false, true);
   const Kernels k = kernels(batch);
   const int threads = thread_count(m.count() * batch);
   float* compact = dw != nullptr ? workspace.dw.reserve(m.count()) : nullptr;
