@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit status (0 done, 1 a claim or check failed, 2 a user's mistake, 130 interrupted)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _build_parser()
+    parser = _build_parser(argv)
     arguments = parser.parse_args(argv)
     arguments.command_line = shlex.join([PROGRAM, *argv])
     name = f"{PROGRAM} {arguments.command}"
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _build_parser(argv: list[str]) -> argparse.ArgumentParser:
+    asked = next((a for a in argv if not a.startswith("-")), None)
     parser = _Parser(prog=PROGRAM, description="Find lottery tickets and make them fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, add in _COMMANDS.items():
@@ -65,7 +66,8 @@ def _build_parser() -> argparse.ArgumentParser:
             epilog="examples:\n" + "\n".join(f"  {PROGRAM} {e}" for e in examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        fill(command)
+        if name == asked:  # the others' arguments would import half the package, and `env` must work when that fails
+            fill(command)
         command.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
         command.set_defaults(run=run)
     return parser
