@@ -186,18 +186,18 @@ def _driver_arguments(parser, hparams: type) -> None:
 def _run_driver(arguments, hparams: type, run) -> tuple[int, dict]:
     chosen = hparams(**given_fields(arguments, hparams))
     result = run(chosen, arguments.out, data_root=arguments.data_root, workers=arguments.workers, progress=Progress())
-    return 0, conclude(arguments, result)
+    return 0, _conclude(arguments, result, chosen)
 
 
-def conclude(arguments, result) -> dict:
+def _conclude(arguments, result, hparams) -> dict:
     """What follows every finished run: its table, the speed of the ticket found, its report. Returns the JSON object."""
     from . import report
-    from .experiments.speed import run_speed
+    from .experiments.speed import speed_of_run
 
     shown = result.to_json()
     if not arguments.no_speed:
         print("measuring the ticket's speed against the dense network ...", file=sys.stderr, flush=True)
-        shown["speed"] = run_speed(result, data_root=arguments.data_root)
+        shown["speed"] = speed_of_run(result, hparams, arguments.data_root)
     say(arguments, "")
     say(arguments, report.text_table(*report.summary_rows(shown["levels"])))
     say(arguments, "\nmean ± half width of the 95 % confidence interval over seeds\n")

@@ -11,10 +11,12 @@ import html
 import io
 import json
 import math
+import shlex
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
-from .tickets.store import write_atomically
+from .tickets.ticket import write_atomic
 
 KINDS = ("ticket", "reinit", "random-mask", "shuffle")
 LABELS = {
@@ -47,9 +49,9 @@ def write_report(run: str | Path) -> Path:
     records = read_metrics(run)
     figures = _figures(result["levels"], records)
     for name, _, figure, _ in figures:
-        write_atomically(run / f"{name}.png", figure)
+        write_atomic(run / f"{name}.png", figure)
     path = run / "report.html"
-    write_atomically(path, _page(run, result, figures).encode())
+    write_atomic(path, _page(run, result, figures).encode())
     return path
 
 
@@ -264,6 +266,17 @@ def speed_sentence(speed: dict | None) -> str | None:
     return "Measured here against the dense network, one thread: " + ", ".join(parts) + "." if parts else None
 
 
+def command_of(config: dict) -> str:
+    """The command that makes the run of a `config.json`, every setting spelled out so that later defaults change nothing."""
+    words = ["sparselottery", config["driver"]]
+    for name, value in config["hparams"].items():
+        if value is None or value == []:
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words.append(f"--{name.replace('_', '-')} {shlex.quote(text)}")
+    return textwrap.fill(" ".join(words), 100, subsequent_indent="    ", break_on_hyphens=False).replace("\n", " \\\n")
+
+
 def _page(run: Path, result: dict, figures: list[tuple[str, str, bytes, str]]) -> str:
     def read(name):
         path = run / name
@@ -282,8 +295,8 @@ def _page(run: Path, result: dict, figures: list[tuple[str, str, bytes, str]]) -
         data = base64.b64encode(png).decode()
         parts.append(f'<h2>{html.escape(heading)}</h2><img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">')
         parts.append(f'<details><summary class="soft">the numbers ({name}.png)</summary>{table}</details>')
-    if config.get("command"):
-        parts.append(f"<h2>Made by</h2><pre>{html.escape(config['command'])}</pre>")
+    if config.get("hparams"):
+        parts.append(f"<h2>Made by</h2><pre>{html.escape(command_of(config))}</pre>")
     for heading, content in (("Configuration", config), ("Environment", environment)):
         if content:
             text = html.escape(json.dumps(content, indent=2, sort_keys=True))

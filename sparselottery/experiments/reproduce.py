@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..report import density_figure
 from ..tickets.result import Result
-from ..tickets.store import Store, to_json, write_atomically
+from ..tickets.store import Store, to_json
+from ..tickets.ticket import write_atomic
 from .hparams import PRESETS, Imp
 from .runs import run_imp
 
@@ -173,7 +174,7 @@ def reproduce(
     claims = [claim.check(result.levels) for claim in spec.claims[scale]]
     png = draw(result, f"{spec.title}, {scale}", result.run / f"{figure}.png")
     found = {"figure": figure, "scale": scale, "run": str(result.run), "png": str(png), "claims": claims}
-    write_atomically(result.run / "claims.json", to_json(found))
+    write_atomic(result.run / "claims.json", to_json(found))
     Store(result.run).write_manifest()
     return found
 
@@ -185,5 +186,5 @@ def draw(result: Result, title: str, path: Path) -> Path:
         ("test_accuracy", "test accuracy at early stop, %", 100),
         ("final_test_accuracy", "test accuracy at the end, %", 100),
     ]
-    write_atomically(path, density_figure(result.levels, panels, title))
+    write_atomic(path, density_figure(result.levels, panels, title))
     return path
