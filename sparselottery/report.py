@@ -285,7 +285,7 @@ def _page(run: Path, result: dict, figures: list[tuple[str, str, bytes, str]]) -
     config, environment = read("config.json"), read("environment.json")
     title = "Lottery ticket run"
     parts = [f"<h1>{title}</h1>", f'<p class="lead">{html.escape(verdict(result))}</p>']
-    speed = speed_sentence(read("speed.json"))
+    speed = speed_sentence(result.get("speed"))
     if speed:
         parts.append(f"<p>{html.escape(speed)}</p>")
     header, rows = summary_rows(result["levels"])

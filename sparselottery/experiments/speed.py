@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from .. import optim
 from ..nn.compress import compress
+from ..tickets.result import Result
 from ..tickets.ticket import Ticket
+from .hparams import Training
+from .runs import Fit
 
 PARITY_STEPS = 5
 LOSS_TOLERANCE = 1e-4  # relative, of fp32 losses after a few steps that sum in different orders
@@ -69,6 +72,21 @@ def measure_speed(
         "batch_size": len(x),
         "threads": threads,
     }
+
+
+def speed_of_run(result: Result, hparams: Training, data_root=None) -> dict | None:
+    """`measure_speed` of the ticket a run found, on a minibatch of its training data; kept in the run's result.json.
+
+    None where no sparse ticket was found.
+    """
+    if result.found["level"] == 0:
+        return None
+    fit = Fit(hparams, data_root)
+    x, y = fit.trainer.data["train"]
+    batch = x[: hparams.batch_size], y[: hparams.batch_size]
+    speed = measure_speed(result.ticket(), fit.make_model(), batch, lr=hparams.lr)
+    result.extend(speed=speed)
+    return speed
 
 
 def _step(model, optimizer, x, y) -> Callable[[], Tensor]:
