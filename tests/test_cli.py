@@ -1,0 +1,133 @@
+"""The command line: results as JSON, errors in one line, the same run again, and what the README promises."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from sparselottery import cli
+
+TINY = ["--rounds", "2", "--seeds", "2", "--budget", "40it", "--evaluate-every", "20", "--workers", "1"]
+
+
+def run(capsys, *argv):
+    status = cli.main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The JSON object and folder of a small finished run."""
+    out = tmp_path_factory.mktemp("runs")
+    process = subprocess.run(
+        [sys.executable, "-m", "sparselottery", "imp", *TINY, "--out", out, "--json"], capture_output=True, text=True, check=True
+    )
+    return json.loads(process.stdout.splitlines()[-1]), out, process
+
+
+def test_imp_gives_the_promised_json(finished):
+    result, out, process = finished
+    assert process.stdout.count("\n") == 1, "with --json nothing else goes to standard output"
+    assert result["run"].startswith(str(out)) and os.path.exists(result["ticket"]) and os.path.exists(result["report"])
+    assert len(result["levels"]) == 3
+    densities = [level["density"] for level in result["levels"]]
+    assert densities[0] == 1 and densities == sorted(densities, reverse=True)
+    assert set(result["levels"][0]) >= {"density", "ticket"} and "reinit" not in result["levels"][0]
+    for level in result["levels"][1:]:
+        for kind in ("ticket", "reinit", "random-mask"):
+            for figure in ("test_accuracy", "early_stop_iteration", "validation_loss"):
+                found = level[kind][figure]
+                assert len(found["values"]) == 2 and found["ci95"] >= 0
+                assert found["mean"] == pytest.approx(sum(found["values"]) / 2)
+    if result["speed"] is not None:
+        assert result["speed"]["train_step"] > 0 and result["speed"]["inference"] > 0
+
+
+def test_the_same_command_resumes_and_gives_the_same(finished, capsys):
+    result, out, _ = finished
+    status, text, progress = run(capsys, "imp", *TINY, "--out", out, "--json", "--no-speed", "--no-report")
+    again = json.loads(text.splitlines()[-1])
+    assert status == 0 and "10 of them done before" in progress
+    assert again["levels"] == result["levels"] and again["ticket"] == result["ticket"]
+
+
+def test_the_table_is_for_people(finished, capsys):
+    _, out, _ = finished
+    status, text, _ = run(capsys, "imp", *TINY, "--out", out, "--no-speed", "--no-report")
+    assert status == 0
+    for words in ("density %", "random reinit: test acc. %", "random mask: early stop", "100.0", "ticket: ", "±"):
+        assert words in text
+
+
+def test_one_shot(tmp_path, capsys):
+    options = ["--densities", "0.5,0.1", "--seeds", "1", "--budget", "20it", "--controls", "shuffle", "--workers", "1"]
+    status, text, _ = run(capsys, "one-shot", *options, "--out", tmp_path, "--json", "--no-speed")
+    result = json.loads(text.splitlines()[-1])
+    assert status == 0
+    assert [round(level["density"], 3) for level in result["levels"]] == [1, 0.5, 0.1]
+    assert all("shuffle" in level and "reinit" not in level for level in result["levels"][1:])
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["imp", "--rate", "1.5"], "rate"),
+        (["imp", "--rounds", "-1"], "rounds"),
+        (["imp", "--budget", "soon"], "budget"),
+        (["imp", "--data", "mnist"], "mnist"),
+        (["imp", "--data", "mnist", "--data-root", "/nonexistent"], "/nonexistent"),
+        (["imp", "--rewind", "3 weeks"], "rewind"),
+        (["imp", "--controls", "placebo"], "placebo"),
+        (["imp", "--out", "/dev/null/x"], "out"),
+        (["one-shot", "--densities", "0"], "density"),
+        (["one-shot", "--densities", "much"], "densities"),
+        (["report", "/nonexistent/run"], "/nonexistent/run"),
+        (["bench", "sorcery"], "sorcery"),
+        (["reproduce", "lenet", "--scale", "smoke"], "data"),
+        (["reproduce", "mona-lisa"], "mona-lisa"),
+        (["imp", "--workers", "0"], "workers"),
+        (["frobnicate"], "frobnicate"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(argv)
+    except SystemExit as stop:  # argparse's own way
+        status = stop.code
+    captured = capsys.readouterr()
+    error = [line for line in captured.err.splitlines() if line]
+    assert status == 2, captured.err
+    assert len(error) == 1 and "error:" in error[0] and says in error[0], captured.err
+    assert captured.out == ""
+
+
+def test_interruption_is_told_and_has_its_status(monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparselottery.experiments.runs.run_imp", interrupt)
+    status, _, error = run(capsys, "imp")
+    assert status == 130 and "resumes" in error and "Traceback" not in error
+
+
+def test_every_command_has_help_with_examples(capsys):
+    for command in cli._COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0
+        assert f"sparselottery {command}" in text.split("examples:")[1] and "--json" in text
+
+
+def test_env(capsys):
+    status, text, _ = run(capsys, "env", "--json")
+    report = json.loads(text.splitlines()[-1])
+    assert status == 0 and report["versions"]["sparselottery"]
+    status, text, _ = run(capsys, "env")
+    assert status == 0 and re.search(r"torch\s+\d", text)
