@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..masks import Mask
-from ..ops.masked_conv2d import masked_conv2d
+from ..ops.masked_conv2d import masked_conv2d, runs_dense
 from .invariant import MaskedWeight
 
 
@@ -56,8 +56,14 @@ class MaskedConv2d(MaskedWeight, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         premasked = self._premasked()
-        if premasked and self._nothing_pruned():
-            return super().forward(input)
+        if premasked:
+            if self._nothing_pruned():
+                return super().forward(input)
+            shape = (self.stride, self.padding, self.dilation, self.groups)
+            if self.padding_mode == "zeros" and self._goes_to_library(
+                input, lambda wanted: runs_dense(input, self.weight, self.weight_mask, *shape, wanted)
+            ):
+                return self._conv_forward(input, self._weight_for_library(), self.bias)
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)

@@ -20,13 +20,15 @@ one, and only the weight is kept at zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .. import masks
 from ..masks import Mask
-from ..ops import bitmask
+from ..ops import bitmask, dispatch
 
 
 class MaskedWeight:
@@ -39,10 +41,11 @@ class MaskedWeight:
 
     weight: nn.Parameter
     weight_mask: Tensor
-    _transient = ("_seen", "_dead", "_probe")  # caches of one object on one device: never copied, never pickled
+    _transient = ("_seen", "_dead", "_probe", "_dense_calls")  # caches of one object on one device: never copied, never pickled
     _seen: tuple | None = None  # versions of weight and mask that are known to satisfy the invariant
     _dead: tuple[int, ...] | None = None  # where the mask has its first 0; None: nothing is pruned
     _probe: Tensor | None = None  # the weight at that place
+    _dense_calls: tuple | None = None  # the kind of call that dispatch has last sent to the library
 
     # ---- the mask ----
 
@@ -101,6 +104,42 @@ class MaskedWeight:
     def _nothing_pruned(self) -> bool:
         """True when the mask is known to keep everything; asked after `_premasked()` said True."""
         return self._dead is None
+
+    def _wanted(self, input: Tensor) -> tuple[bool, bool, bool] | None:
+        """Which gradients a backward pass will ask for: of input, weight and bias; None where there will be none."""
+        if not torch.is_grad_enabled():
+            return None
+        bias = self._parameters["bias"]
+        wanted = (input.requires_grad, self._parameters["weight"].requires_grad, bias is not None and bias.requires_grad)
+        return wanted if True in wanted else None
+
+    def _goes_to_library(self, input: Tensor, runs_dense: Callable[[tuple | None], bool]) -> bool:
+        """Whether dispatch has already decided that this call is dense; asked anew only when something about it changes."""
+        wanted = self._wanted(input)
+        call = (input.shape, input.dtype, input.stride(), wanted, self._seen[3:], dispatch.state())
+        if self._dense_calls != call:
+            if not runs_dense(wanted):
+                return False
+            self.__dict__["_dense_calls"] = call
+        return True
+
+    def _weight_for_library(self) -> Tensor:
+        """The weight for torch's own dense layers: what comes back as its gradient through this use is masked.
+
+        A custom autograd function in Python would cost a small layer as much as its arithmetic.
+        """
+        weight = self._parameters["weight"]
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return weight
+        alias = weight.view_as(weight)
+        alias.register_hook(self._mask_gradient)
+        return alias
+
+    def _mask_gradient(self, grad: Tensor) -> Tensor:
+        words = self._buffers["weight_mask"]
+        if torch.is_grad_enabled() or grad.dtype not in bitmask.FLOATS:  # create_graph=True: grad has a history of its own
+            return torch.where(bitmask.unpack(words, grad.shape), grad, 0)
+        return bitmask.zero_dead_(grad, words)  # fresh from the layer's backward pass: nobody else has seen it
 
     def _restore(self) -> bool:
         """Zero what the mask prunes; False where the weight is not the layer's own, and left alone.

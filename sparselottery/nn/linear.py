@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..masks import Mask
 from ..ops import bitmask
-from ..ops.masked_linear import masked_linear
+from ..ops.masked_linear import masked_linear, runs_dense
 from .invariant import MaskedWeight
 
 
@@ -37,8 +38,11 @@ class MaskedLinear(MaskedWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         premasked = self._premasked()
-        if premasked and self._nothing_pruned():
-            return super().forward(input)
+        if premasked:
+            if self._nothing_pruned():
+                return super().forward(input)
+            if self._goes_to_library(input, lambda wanted: runs_dense(input, self.weight, self.weight_mask, wanted)):
+                return F.linear(input, self._weight_for_library(), self.bias)
         return masked_linear(input, self.weight, self.weight_mask, self.bias, premasked=premasked)
 
 
@@ -58,6 +62,8 @@ class MaskedConv1D(MaskedWeight):
         if premasked and self._nothing_pruned():
             return super().forward(x)
         words = self._words_by_output(cached=premasked)
+        if premasked and self._goes_to_library(x, lambda wanted: runs_dense(x, self.weight.t(), words, wanted)):
+            return F.linear(x, self._weight_for_library().t(), self.bias)
         return masked_linear(x, self.weight.t(), words, self.bias, premasked=premasked)
 
     def _words_by_output(self, cached: bool) -> Tensor:

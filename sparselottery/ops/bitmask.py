@@ -90,6 +90,15 @@ def apply_(tensor: Tensor, words: Tensor) -> Tensor:
     return tensor
 
 
+def zero_dead_(tensor: Tensor, words: Tensor) -> Tensor:
+    """`apply_` for inner loops: `words` are known to fit, and no graph holds `tensor`."""
+    if tensor.is_cpu:
+        _apply(tensor, words)
+    else:
+        torch.ops.sparselottery.bitmask_apply_(tensor, words)
+    return tensor
+
+
 def full_words(shape, value: bool, device=None) -> Tensor:
     """Words that keep everything (`value` True) or nothing."""
     words = torch.full(words_shape(shape), -1 if value else 0, dtype=torch.int32, device=device)

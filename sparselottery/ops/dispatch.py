@@ -42,6 +42,7 @@ _records: dict[tuple[str, str], dict] = {}  # (op, repr(key)) -> a row of table(
 _lock = threading.RLock()
 _loaded = False
 _reproducible = 0
+_generation = 0  # grows when decisions are forgotten
 
 
 def density_bucket(density: float) -> int:
@@ -96,6 +97,20 @@ def lookup(op: str, key: Hashable | None) -> str | None:
         return None
     known = _decisions.get(op)
     return known.get(key) if known is not None else None
+
+
+def state() -> tuple:
+    """What decisions depend on besides their keys: a decision remembered together with this holds while it is equal."""
+    return (_reproducible > 0, os.environ.get("SPARSELOTTERY_BACKEND"), torch.get_num_threads(), _generation)
+
+
+def decided(op: str, key: Hashable, rule: Callable[[], str]) -> str | None:
+    """What `choose` is already certain to answer without running anything; None where it is not. `key` None: only dense can win."""
+    if os.environ.get("SPARSELOTTERY_BACKEND"):
+        return None
+    if key is None:
+        return "dense"
+    return rule() if _reproducible else _decisions.get(op, {}).get(key)
 
 
 def choose(op: str, key: tuple, candidates: dict[str, Callable[[], object]], *, rule: Callable[[], str]) -> str:
@@ -176,8 +191,9 @@ def table() -> list[dict]:
 
 def clear() -> None:
     """Forget what is in memory (the file stays): the next call reads the file again."""
-    global _loaded
+    global _loaded, _generation
     with _lock:
+        _generation += 1
         _decisions.clear()
         _records.clear()
         _loaded = False

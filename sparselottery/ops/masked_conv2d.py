@@ -132,9 +132,9 @@ def _density(words, weight):
     return kept["density"]
 
 
-def _choose(direction, x, weight, words, arguments, candidates, extra):
+def _key(direction, x, weight, words, arguments, extra):
     density = _density(words, weight)
-    key = (
+    return (
         direction,
         (*weight.shape, *x.shape[2:], *arguments[0], *arguments[1], *arguments[2], arguments[3]),
         str(x.dtype),
@@ -145,10 +145,33 @@ def _choose(direction, x, weight, words, arguments, candidates, extra):
         _format(x) is torch.channels_last,
         *extra,
     )
+
+
+def _choose(direction, x, weight, words, arguments, candidates, extra):
+    key = _key(direction, x, weight, words, arguments, extra)
     name = dispatch.lookup(OP, key)
     if name not in candidates:
-        name = dispatch.choose(OP, key, candidates, rule=lambda: _rule(x, weight, density))
+        name = dispatch.choose(OP, key, candidates, rule=lambda: _rule(x, weight, _density(words, weight)))
     return candidates[name]()
+
+
+def runs_dense(x, weight, words, stride, padding, dilation, groups, wanted) -> bool:
+    """Whether this call is already known to go to the library: a caller with a masked weight may then call it directly.
+
+    The arguments are those of `masked_conv2d`, x `[N, C, H, W]`, pairs of ints; `wanted`: which gradients (x, weight, bias) will be
+    asked for, None: no backward.
+    """
+    if x.ndim != 4 or x.dtype is not weight.dtype or x.device != weight.device or isinstance(padding, str):
+        return False
+    if not x.is_cuda and not _cpu_can(x, weight) or _density(words, weight) > _WORTH_TRYING:
+        return not os.environ.get("SPARSELOTTERY_BACKEND")
+    arguments = stride, padding, dilation, groups
+
+    def dense(direction, *extra):
+        key = _key(direction, x, weight, words, arguments, extra)
+        return dispatch.decided(OP, key, lambda: _rule(x, weight, _density(words, weight))) == "dense"
+
+    return dense("forward", True) and (wanted is None or dense("backward", True, wanted))
 
 
 _RULE_DENSITY = 0.12

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .. import _ext
 from . import bitmask, dispatch, reference
-from .library import LIBRARY
+from .library import LIBRARY, is_plain
 
 OP = "masked_linear"
 
@@ -302,6 +302,23 @@ def _rule(key):
     return "cpu" if dispatch.bucket_density(bucket) <= densest else "dense"
 
 
+def runs_dense(x: Tensor, weight: Tensor, words: Tensor, wanted: tuple[bool, bool, bool] | None) -> bool:
+    """Whether this call is already known to go to the library: a caller with a masked weight may then call it directly.
+
+    The arguments are those of `masked_linear`; `wanted`: which gradients (x, weight, bias) will be asked for, None: no backward.
+    """
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.dtype is not weight.dtype or x.device != weight.device:
+        return False  # the op says what is wrong
+    key = _key("forward", x, weight, words, True)
+    if dispatch.decided(OP, key, lambda: _rule(key)) != "dense":
+        return False
+    if wanted is None or not (wanted[0] or wanted[1]):
+        return True
+    # grad has the batch, dtype and device of x.
+    key = _key("backward", x, weight, words, True, *wanted)
+    return dispatch.decided(OP, key, lambda: _rule(key)) == "dense"
+
+
 # ---- the ops ----
 
 
@@ -356,6 +373,10 @@ def _(grad, x, weight, words, premasked, output_mask):
     return tuple(grad.new_empty(s if wanted else (0,)) for s, wanted in zip(shapes, output_mask, strict=True))
 
 
+def _is_plain(x, weight):
+    return type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter) and is_plain()
+
+
 class _MaskedLinear(torch.autograd.Function):
     # forward takes ctx: with a setup_context apart, `apply` inspects forward's signature on each call (20 of 28 us).
     @staticmethod
@@ -363,7 +384,8 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.premasked = premasked
         # As F.linear does, keep x only where dW will be asked for.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), weight, words)
-        return torch.ops.sparselottery.masked_linear(x, weight, words, bias, premasked)
+        op = _forward if _is_plain(x, weight) else torch.ops.sparselottery.masked_linear  # the dispatcher costs 7 us
+        return op(x, weight, words, bias, premasked)
 
     @staticmethod
     def backward(ctx, grad):
@@ -372,7 +394,8 @@ class _MaskedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the same in differentiable torch
             dx, dw, db = _differentiable_backward(grad, x, weight, words, wanted)
         else:
-            gradients = torch.ops.sparselottery.masked_linear_backward(grad, x, weight, words, ctx.premasked, wanted)
+            op = _backward if _is_plain(grad, weight) else torch.ops.sparselottery.masked_linear_backward
+            gradients = op(grad, x, weight, words, ctx.premasked, wanted)
             dx, dw, db = (g if asked else None for g, asked in zip(gradients, wanted, strict=True))
         return dx, dw, None, db, None
 
