@@ -22,6 +22,7 @@ def folder(tmp_path):
             level[kind] = {"test_accuracy": statistic(accuracy), "early_stop_iteration": statistic(100.0 * (i + 1), 5.0)}
         levels.append(level)
     result = {"found": {"level": 2, "seed": 0, "density": 0.25}, "levels": levels}
+    result["speed"] = {"train_step": 1.5, "inference": 2.25}
     (tmp_path / "result.json").write_text(json.dumps(result))
     records = [
         {"seed": 0, "level": v["level"], "kind": k, "density": v["density"], "iteration": i, "validation_accuracy": 0.9, "test_accuracy": 0.9}
@@ -34,7 +35,6 @@ def folder(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(lines + '{"seed": 0, "lev')  # torn by a kill
     hparams = {"data": "digits", "rounds": 3, "controls": ["reinit"], "control_levels": None}
     (tmp_path / "config.json").write_text(json.dumps({"driver": "imp", "hparams": hparams}))
-    (tmp_path / "speed.json").write_text(json.dumps({"train_step": 1.5, "inference": 2.25}))
     return tmp_path
 
 
