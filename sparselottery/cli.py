@@ -173,7 +173,9 @@ class Progress:
 def _run_arguments(parser) -> None:
     parser.add_argument("--data-root", metavar="DIR", help="folder with mnist/, fashion-mnist/, cifar-10-batches-bin/")
     parser.add_argument("--out", metavar="DIR", default="runs", help="where run folders are made (default runs)")
-    parser.add_argument("--workers", type=_count, metavar="N", help="trainings at the same time (default: one per core)")
+    parser.add_argument(
+        "--workers", type=_count, metavar="N", help="trainings at the same time (default: one per core)"
+    )
 
 
 def _driver_arguments(parser, hparams: type) -> None:
@@ -242,7 +244,10 @@ def _one_shot():
 
         return _run_driver(arguments, hparams.OneShot, runs.run_one_shot)
 
-    examples = ["one-shot --data digits --densities 0.5,0.2,0.1", "one-shot --data mnist --data-root data --seeds 3 --json"]
+    examples = [
+        "one-shot --data digits --densities 0.5,0.2,0.1",
+        "one-shot --data mnist --data-root data --seeds 3 --json",
+    ]
     return "find lottery tickets by pruning once to each density", examples, fill, run
 
 
@@ -270,7 +275,10 @@ def _reproduce():
         say(arguments, f"figure: {result['png']}")
         return int(not all(claim["holds"] for claim in result["claims"])), result
 
-    examples = ["reproduce lenet --scale short --data-root data", "reproduce lenet --scale paper --data-root data --json"]
+    examples = [
+        "reproduce lenet --scale short --data-root data",
+        "reproduce lenet --scale paper --data-root data --json",
+    ]
     return "redo a figure of the papers and check its claims", examples, fill, run
 
 
@@ -305,7 +313,9 @@ def _report():
 
 def _bench():
     def fill(parser):
-        parser.add_argument("op", nargs="*", metavar="OP", help="topk, linear, conv, step, optim or bitmask (default: all)")
+        parser.add_argument(
+            "op", nargs="*", metavar="OP", help="topk, linear, conv, step, optim or bitmask (default: all)"
+        )
         parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default cpu)")
         parser.add_argument("--full", action="store_true", help="the large cases too")
 
@@ -318,7 +328,12 @@ def _bench():
         sound = not result["failures"] and all(row["parity"] for row in result["rows"])
         return int(not sound), result
 
-    return "measure the ops against dense torch and their other rivals", ["bench topk", "bench linear --json"], fill, run
+    return (
+        "measure the ops against dense torch and their other rivals",
+        ["bench topk", "bench linear --json"],
+        fill,
+        run,
+    )
 
 
 _COMMANDS = {

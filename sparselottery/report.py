@@ -137,7 +137,8 @@ def _figures(levels: list[dict], records: list[dict]) -> list[tuple[str, str, by
         if any(key in level.get(k, {}) for level in levels for k in kinds):
             header = ["density %", *(LABELS[k] for k in kinds)]
             rows = [
-                [f"{100 * v['density']:.1f}", *(_pair(v.get(k, {}).get(key), scale, digits) for k in kinds)] for v in levels
+                [f"{100 * v['density']:.1f}", *(_pair(v.get(k, {}).get(key), scale, digits) for k in kinds)]
+                for v in levels
             ]
             figures.append((name, title, density_figure(levels, [(key, label, scale)]), _html_table(header, rows)))
     if records:
@@ -198,7 +199,11 @@ def density_figure(levels: list[dict], panels: list[tuple[str, str, float]], tit
 def _learning_curves(levels: list[dict], records: list[dict]) -> tuple[str, str, bytes, str]:
     """Mean test (where absent: validation) accuracy over the iterations for the dense network and a few levels."""
     chosen = sorted({round(i * (len(levels) - 1) / CURVE_LEVELS) for i in range(CURVE_LEVELS + 1)})
-    key = "test_accuracy" if sum(r.get("test_accuracy") is not None for r in records) > len(records) / 2 else "validation_accuracy"
+    key = (
+        "test_accuracy"
+        if sum(r.get("test_accuracy") is not None for r in records) > len(records) / 2
+        else "validation_accuracy"
+    )
     curves: dict = defaultdict(lambda: defaultdict(list))
     for r in records:
         if r.get("level") in chosen and r.get(key) is not None and r.get("kind") in ("ticket", "reinit"):
@@ -225,7 +230,9 @@ def _learning_curves(levels: list[dict], records: list[dict]) -> tuple[str, str,
     for (level, kind), points in sorted(curves.items()):
         at = sorted(points)
         name = "dense" if level == 0 else f"{100 * levels[level]['density']:.1f} % {LABELS[kind]}"
-        rows.append([name, *(f"{sum(points[i]) / len(points[i]):.2f} at {i}" for i in (at[0], at[len(at) // 2], at[-1]))])
+        rows.append(
+            [name, *(f"{sum(points[i]) / len(points[i]):.2f} at {i}" for i in (at[0], at[len(at) // 2], at[-1]))]
+        )
     return "learning_curves", "Learning curves", _png(figure), _html_table(header, rows)
 
 
@@ -293,7 +300,9 @@ def _page(run: Path, result: dict, figures: list[tuple[str, str, bytes, str]]) -
     parts.append('<p class="soft">Mean ± half width of the 95 % confidence interval over seeds (Student t).</p>')
     for name, heading, png, table in figures:
         data = base64.b64encode(png).decode()
-        parts.append(f'<h2>{html.escape(heading)}</h2><img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">')
+        parts.append(
+            f'<h2>{html.escape(heading)}</h2><img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">'
+        )
         parts.append(f'<details><summary class="soft">the numbers ({name}.png)</summary>{table}</details>')
     if config.get("hparams"):
         parts.append(f"<h2>Made by</h2><pre>{html.escape(command_of(config))}</pre>")

@@ -24,7 +24,10 @@ def finished(tmp_path_factory):
     """The JSON object and folder of a small finished run."""
     out = tmp_path_factory.mktemp("runs")
     process = subprocess.run(
-        [sys.executable, "-m", "sparselottery", "imp", *TINY, "--out", out, "--json"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "sparselottery", "imp", *TINY, "--out", out, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(process.stdout.splitlines()[-1]), out, process
 

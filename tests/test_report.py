@@ -19,7 +19,10 @@ def folder(tmp_path):
         level = {"level": i, "density": density}
         for kind in ("ticket", "reinit") if i else ("ticket",):
             accuracy = 0.97 - 0.01 * i * (kind == "reinit")
-            level[kind] = {"test_accuracy": statistic(accuracy), "early_stop_iteration": statistic(100.0 * (i + 1), 5.0)}
+            level[kind] = {
+                "test_accuracy": statistic(accuracy),
+                "early_stop_iteration": statistic(100.0 * (i + 1), 5.0),
+            }
         levels.append(level)
     result = {"found": {"level": 2, "seed": 0, "density": 0.25}, "levels": levels}
     result["speed"] = {"train_step": 1.5, "inference": 2.25}
@@ -44,7 +47,12 @@ def test_the_page_stands_alone(folder):
     assert not re.search(r'(src|href)="(?!data:)', page), "a self-contained page refers to nothing outside"
     assert page.count("data:image/png;base64,") == 3
     assert 'name="viewport"' in page, "readable on a phone"
-    for words in ("25.0", "96.00 ± 1.00", "inference 2.25x", "sparselottery imp --data digits --rounds 3 --controls reinit"):
+    for words in (
+        "25.0",
+        "96.00 ± 1.00",
+        "inference 2.25x",
+        "sparselottery imp --data digits --rounds 3 --controls reinit",
+    ):
         assert words in page, words
     for name in ("accuracy.png", "early_stop.png", "learning_curves.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")

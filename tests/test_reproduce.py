@@ -69,7 +69,18 @@ def test_unknown_names():
 @pytest.mark.skipif("SPARSELOTTERY_DATA" not in os.environ, reason="SPARSELOTTERY_DATA is not set: no MNIST")
 def test_lenet_smoke_on_mnist(tmp_path, capsys):
     root = os.environ["SPARSELOTTERY_DATA"]
-    arguments = ["reproduce", "lenet", "--scale", "smoke", "--data-root", root, "--out", str(tmp_path), "--workers", "1"]
+    arguments = [
+        "reproduce",
+        "lenet",
+        "--scale",
+        "smoke",
+        "--data-root",
+        root,
+        "--out",
+        str(tmp_path),
+        "--workers",
+        "1",
+    ]
     status = cli.main([*arguments, "--json"])
     captured = capsys.readouterr()
     result = json.loads(captured.out.splitlines()[-1])

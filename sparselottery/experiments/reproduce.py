@@ -52,7 +52,9 @@ class Claim:
 
 def line(claim: dict) -> str:
     """A checked claim for people."""
-    bound = claim["expected"] - claim["tolerance"] if claim["side"] == "least" else claim["expected"] + claim["tolerance"]
+    bound = (
+        claim["expected"] - claim["tolerance"] if claim["side"] == "least" else claim["expected"] + claim["tolerance"]
+    )
     sign = ">=" if claim["side"] == "least" else "<="
     verdict = "pass" if claim["holds"] else "FAIL"
     return f"{verdict}  {claim['claim']}: {claim['measured']:.3g} (paper {claim['expected']:.3g}; passes {sign} {bound:.3g})"

@@ -41,7 +41,12 @@ class MaskedWeight:
 
     weight: nn.Parameter
     weight_mask: Tensor
-    _transient = ("_seen", "_dead", "_probe", "_dense_calls")  # caches of one object on one device: never copied, never pickled
+    _transient = (
+        "_seen",
+        "_dead",
+        "_probe",
+        "_dense_calls",
+    )  # caches of one object on one device: never copied, never pickled
     _seen: tuple | None = None  # versions of weight and mask that are known to satisfy the invariant
     _dead: tuple[int, ...] | None = None  # where the mask has its first 0; None: nothing is pruned
     _probe: Tensor | None = None  # the weight at that place
@@ -110,7 +115,11 @@ class MaskedWeight:
         if not torch.is_grad_enabled():
             return None
         bias = self._parameters["bias"]
-        wanted = (input.requires_grad, self._parameters["weight"].requires_grad, bias is not None and bias.requires_grad)
+        wanted = (
+            input.requires_grad,
+            self._parameters["weight"].requires_grad,
+            bias is not None and bias.requires_grad,
+        )
         return wanted if True in wanted else None
 
     def _goes_to_library(self, input: Tensor, runs_dense: Callable[[tuple | None], bool]) -> bool:
@@ -137,7 +146,9 @@ class MaskedWeight:
 
     def _mask_gradient(self, grad: Tensor) -> Tensor:
         words = self._buffers["weight_mask"]
-        if torch.is_grad_enabled() or grad.dtype not in bitmask.FLOATS:  # create_graph=True: grad has a history of its own
+        if (
+            torch.is_grad_enabled() or grad.dtype not in bitmask.FLOATS
+        ):  # create_graph=True: grad has a history of its own
             return torch.where(bitmask.unpack(words, grad.shape), grad, 0)
         return bitmask.zero_dead_(grad, words)  # fresh from the layer's backward pass: nobody else has seen it
 
