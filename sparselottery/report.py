@@ -260,7 +260,8 @@ def verdict(result: dict) -> str:
         return f"No ticket matched the dense network ({_pair(dense, 100)} % test accuracy) at any density tried."
     found = levels[level]
     accuracy = _pair(found["ticket"]["test_accuracy"], 100)
-    text = f"A ticket with {100 * found['density']:.1f} % of the weights reaches {accuracy} % test accuracy; the dense network {_pair(dense, 100)} %."
+    text = f"A ticket with {100 * found['density']:.1f} % of the weights reaches {accuracy} % test accuracy; "
+    text += f"the dense network {_pair(dense, 100)} %."
     others = [f"{LABELS[k]} {_pair(found[k]['test_accuracy'], 100)} %" for k in KINDS[1:] if k in found]
     return text + (f" Its controls at the same density: {', '.join(others)}." if others else "")
 

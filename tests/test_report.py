@@ -28,7 +28,8 @@ def folder(tmp_path):
     result["speed"] = {"train_step": 1.5, "inference": 2.25}
     (tmp_path / "result.json").write_text(json.dumps(result))
     records = [
-        {"seed": 0, "level": v["level"], "kind": k, "density": v["density"], "iteration": i, "validation_accuracy": 0.9, "test_accuracy": 0.9}
+        {"seed": 0, "level": v["level"], "kind": k, "density": v["density"], "iteration": i}
+        | {"validation_accuracy": 0.9, "test_accuracy": 0.9}
         for v in levels
         for k in ("ticket", "reinit")
         for i in (20, 40)

@@ -30,7 +30,7 @@ def test_measures():
     assert reproduce.early_stop_ratio(0.211, "reinit")(LEVELS) == pytest.approx(2.0)
     assert reproduce.points_over(0.211)(LEVELS) == pytest.approx(0.4)
     assert reproduce.points_over(0.211, "ticket", "reinit")(LEVELS) == pytest.approx(0.3)
-    with pytest.raises(ValueError, match="levels: expected one near density 0.05"):
+    with pytest.raises(ValueError, match=r"levels: expected one near density 0\.05"):
         reproduce.points_over(0.05)(LEVELS)
 
 
@@ -54,7 +54,7 @@ def test_every_claim_finds_its_level_in_every_scale():
             figures = {"early_stop_iteration": {"mean": 100.0}, "test_accuracy": {"mean": 0.9}}
             levels = [{"density": d, "ticket": figures} for d in densities]
             for i in run.control_levels or range(1, run.rounds + 1):
-                levels[i] |= {kind: figures for kind in run.controls}
+                levels[i] |= dict.fromkeys(run.controls, figures)
             for claim in figure.claims[scale]:
                 assert isinstance(claim.check(levels)["measured"], float), claim.text
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import optim
 from ..nn.compress import compress
+from ..nn.invariant import unmasked_gradients
 from ..tickets.result import Result
 from ..tickets.ticket import Ticket
 from .hparams import Training
@@ -92,9 +93,10 @@ def speed_of_run(result: Result, hparams: Training, data_root=None) -> dict | No
 def _step(model, optimizer, x, y) -> Callable[[], Tensor]:
     model.train()
 
-    def step():
+    def step():  # as sl.Trainer takes it
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(x), y)
+        with unmasked_gradients():
+            loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
         return loss.detach()

@@ -20,7 +20,8 @@ one, and only the weight is kept at zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,23 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from .. import masks
 from ..masks import Mask
 from ..ops import bitmask, dispatch
+
+_unmasked_gradients = 0
+
+
+@contextlib.contextmanager
+def unmasked_gradients() -> Iterator[None]:
+    """Within it, a layer that runs dense leaves its weight's gradient off the mask as it comes.
+
+    For training loops of which nobody but `sl.optim` sees the gradients: its optimizers read none off the mask, and on small
+    layers masking them costs as much as the arithmetic. The survivors' gradients are the same, bit for bit.
+    """
+    global _unmasked_gradients
+    _unmasked_gradients += 1
+    try:
+        yield
+    finally:
+        _unmasked_gradients -= 1
 
 
 class MaskedWeight:
@@ -138,7 +156,7 @@ class MaskedWeight:
         A custom autograd function in Python would cost a small layer as much as its arithmetic.
         """
         weight = self._parameters["weight"]
-        if not (torch.is_grad_enabled() and weight.requires_grad):
+        if _unmasked_gradients or not (torch.is_grad_enabled() and weight.requires_grad):
             return weight
         alias = weight.view_as(weight)
         alias.register_hook(self._mask_gradient)

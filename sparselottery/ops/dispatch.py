@@ -7,7 +7,7 @@ backend is fastest, rounded so that near calls share one measurement. The decisi
 2. Inside `with reproducible():` the op's own fixed rule decides. No stopwatch, so a rerun takes the same path bit for bit.
 3. A measurement already in memory, or in the JSON file of this machine under `SPARSELOTTERY_CACHE` (default
    `~/.cache/sparselottery`).
-4. A measurement now: every candidate, interleaved, medians. A sparse backend must beat dense by `MARGIN`.
+4. A measurement now: every candidate, interleaved, medians. A sparse backend must beat dense by `MARGIN` and `CALL`.
 """
 
 import ast
@@ -30,6 +30,9 @@ import torch
 from .. import _ext
 
 MARGIN = 0.03  # how much faster than dense a sparse backend must be to be chosen, as a fraction of dense's time
+# Seconds that a call costs besides its kernel when it is not the library's own: autograd functions in Python, with the caches
+# that a training step leaves behind. Dense layers are spared it (nn/invariant.py), so a sparse kernel must earn it.
+CALL = {"forward": 60e-6, "backward": 120e-6}
 BACKENDS = ("dense", "cpu", "triton", "cuda", "reference")
 KEY_FIELDS = ("direction", "shape", "dtype", "density_bucket", "batch", "threads", "device")
 
@@ -105,7 +108,7 @@ def state() -> tuple:
 
 
 def decided(op: str, key: Hashable, rule: Callable[[], str]) -> str | None:
-    """What `choose` is already certain to answer without running anything; None where it is not. `key` None: only dense can win."""
+    """What `choose` is certain to answer without running anything, else None. `key` None: only dense can win."""
     if os.environ.get("SPARSELOTTERY_BACKEND"):
         return None
     if key is None:
@@ -145,7 +148,7 @@ def choose(op: str, key: tuple, candidates: dict[str, Callable[[], object]], *, 
             name = _recall(op, key, measured)
         if name is None:
             seconds = measure(measured)
-            name = fastest(seconds)
+            name = fastest(seconds, CALL.get(key[0], 0.0))
             record = {"op": op, "key": repr(key), "backend": name, "source": "measured"}
             record["us"] = {candidate: round(s * 1e6, 3) for candidate, s in seconds.items()}
             _records[op, repr(key)] = record
@@ -154,10 +157,10 @@ def choose(op: str, key: tuple, candidates: dict[str, Callable[[], object]], *, 
     return name
 
 
-def fastest(seconds: dict[str, float]) -> str:
-    """Dense, unless the fastest of the others beats it by MARGIN."""
+def fastest(seconds: dict[str, float], call: float = 0.0) -> str:
+    """Dense, unless the fastest of the others beats it by MARGIN, `call` seconds added to its time."""
     best = min(seconds, key=seconds.get)
-    return best if seconds[best] < seconds["dense"] * (1 - MARGIN) else "dense"
+    return best if seconds[best] + call < seconds["dense"] * (1 - MARGIN) else "dense"
 
 
 def measure(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:

@@ -158,12 +158,12 @@ def _choose(direction, x, weight, words, arguments, candidates, extra):
 def runs_dense(x, weight, words, stride, padding, dilation, groups, wanted) -> bool:
     """Whether this call is already known to go to the library: a caller with a masked weight may then call it directly.
 
-    The arguments are those of `masked_conv2d`, x `[N, C, H, W]`, pairs of ints; `wanted`: which gradients (x, weight, bias) will be
-    asked for, None: no backward.
+    The arguments are those of `masked_conv2d`, x `[N, C, H, W]`, pairs of ints; `wanted`: which gradients (x, weight, bias)
+    will be asked for, None: no backward.
     """
     if x.ndim != 4 or x.dtype is not weight.dtype or x.device != weight.device or isinstance(padding, str):
         return False
-    if not x.is_cuda and not _cpu_can(x, weight) or _density(words, weight) > _WORTH_TRYING:
+    if (not x.is_cuda and not _cpu_can(x, weight)) or _density(words, weight) > _WORTH_TRYING:
         return not os.environ.get("SPARSELOTTERY_BACKEND")
     arguments = stride, padding, dilation, groups
 

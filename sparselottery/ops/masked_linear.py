@@ -63,7 +63,7 @@ def _dense(x, weight, words, bias, premasked):
 
 def _dense_backward(grad, x, weight, words, premasked, output_mask):
     dx = grad @ _masked(weight, words, premasked) if output_mask[0] else _none(grad)
-    dw = bitmask.apply_(_rows(grad).t() @ _rows(x), words) if output_mask[1] else _none(grad)
+    dw = bitmask.zero_dead_(_rows(grad).t() @ _rows(x), words) if output_mask[1] else _none(grad)
     return dx, dw, _rows(grad).sum(0) if output_mask[2] else _none(grad)
 
 
@@ -287,13 +287,14 @@ def _choose(direction, key, candidates):
 # 300x100 to 1024x1024, one thread, on an AMD EPYC (Zen 4): 1.5 times faster than dense or more at each of these points.
 _RULE = {"avx512": 0.22, "avx2": 0.16, "portable": 0.09}
 _RULE_SMALL_BATCH = 0.06  # below batch 16, from _RULE_WEIGHTS weights on
+_RULE_WORK = 2**22  # multiply-adds of the dense product: below, the call itself costs what sparsity could save
 _RULE_WEIGHTS = 100_000
 
 
 def _rule(key):
     """The choice of a reproducible run: a function of instruction set, shape, density and batch alone."""
     direction, shape, _, bucket, batch, _, device, *_ = key
-    if device != "cpu":
+    if device != "cpu" or shape[0] * shape[1] * batch < _RULE_WORK:
         return "dense"
     densest = _RULE[_ext.extension().cpu_isa()]
     if batch < 16:

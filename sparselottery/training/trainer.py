@@ -1,14 +1,15 @@
 """The training loop that ships: data in memory as tensors, evaluation by iterations, bit-equal when it is run again."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import optim
+from ..nn.invariant import unmasked_gradients
 from ..ops import dispatch
 from .history import History, Record, parse_step
 
@@ -183,8 +184,14 @@ class Trainer:
     fit = __call__
 
     def _train(self, model, seed, start, end, keep, data) -> History:
-        history = History(snapshot=_copy(model) if keep == start else None)
         optimizer = self._make_optimizer(model)
+        # Nobody but the optimizer sees the gradients here.
+        unseen = unmasked_gradients() if getattr(optimizer, "masks_weights", False) else contextlib.nullcontext()
+        with unseen:
+            return self._loop(model, optimizer, seed, start, end, keep, data)
+
+    def _loop(self, model, optimizer, seed, start, end, keep, data) -> History:
+        history = History(snapshot=_copy(model) if keep == start else None)
         rates = [group["lr"] for group in optimizer.param_groups]
         scheduled = bool(self.warmup or self.milestones)
         x, y = data["train"]
@@ -277,7 +284,7 @@ def _name(function) -> str:
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _random_numbers(seed, device):
     """Torch's generators seeded inside, restored afterwards."""
     devices = [device] if device.type == "cuda" else []
