@@ -136,9 +136,9 @@ FIGURES = {
             # 8,000 iterations cut off a reinit that would need more than twice the dense network's 3,700.
             "short": _lenet_claims(sooner=0.35, gain=0.3, back=0.3, slower=1.2, reinit=0.3),
             "smoke": (
-                Claim("at 22 % density and after 300 iterations the ticket is above its random reinit in test accuracy, in points",
+                Claim("after 300 iterations the ticket with 22 % is above its random reinit in test accuracy, in points",
                       points_over(0.221, "ticket", "reinit"), 0.5, 0.5, "least"),
-                Claim("at 22 % density and after 300 iterations the ticket is at the dense network in test accuracy, in points",
+                Claim("after 300 iterations the ticket with 22 % is at the dense network in test accuracy, in points",
                       points_over(0.221), 0.3, 0.8, "least"),
             ),
         },

@@ -294,7 +294,7 @@ _RULE_WEIGHTS = 100_000
 def _rule(key):
     """The choice of a reproducible run: a function of instruction set, shape, density and batch alone."""
     direction, shape, _, bucket, batch, _, device, *_ = key
-    if device != "cpu" or shape[0] * shape[1] * batch < _RULE_WORK:
+    if device != "cpu" or (batch >= 16 and shape[0] * shape[1] * batch < _RULE_WORK):
         return "dense"
     densest = _RULE[_ext.extension().cpu_isa()]
     if batch < 16:
