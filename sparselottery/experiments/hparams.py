@@ -26,7 +26,7 @@ class Training:
     momentum: float = _of(0.0, "momentum, for sgd")
     weight_decay: float = _of(0.0, "weight decay")
     batch_size: int = _of(60, "examples in a minibatch")
-    budget: str = _of("800it", "how long each network is trained: 600it, 20ep")
+    budget: str = _of("1200it", "how long each network is trained: 600it, 20ep")
     warmup: str = _of("0it", "linear warm-up of the learning rate")
     milestones: tuple[str, ...] = _of((), "steps from which the learning rate is divided by ten")
     validation: int = _of(200, "training examples held out for validation")
