@@ -192,3 +192,23 @@ def test_the_real_files():
             assert loaded.train[1].bincount().tolist() == classes
             read += 1
     assert read, f"SPARSELOTTERY_DATA={root} holds none of {sorted(REAL)}"
+
+
+@pytest.mark.skipif(
+    "SPARSELOTTERY_DATA" not in os.environ, reason="SPARSELOTTERY_DATA is not set: no MNIST, no CIFAR-10"
+)
+@pytest.mark.parametrize(
+    "name, shape, train, test",
+    [
+        ("mnist", (1, 28, 28), 60000, 10000),
+        ("fashion-mnist", (1, 28, 28), 60000, 10000),
+        ("cifar-10", (3, 32, 32), 50000, 10000),
+    ],
+)
+def test_the_published_files_load(name, shape, train, test):
+    found = data.load(name, os.environ["SPARSELOTTERY_DATA"])
+    assert found.input_shape == shape and found.classes == 10
+    for (x, y), count in ((found.train, train), (found.test, test)):
+        assert x.shape == (count, *shape) and x.isfinite().all() and y.shape == (count,)
+        assert y.bincount().numel() == 10 and y.bincount().min() > 0.08 * count, "every class is there"
+    assert abs(float(found.train[0].mean())) < 1.5 and 0.1 < float(found.train[0].std()) < 2
