@@ -10,6 +10,7 @@ import argparse
 import csv
 import datetime
 import json
+import math
 import platform
 import sys
 import time
@@ -60,8 +61,12 @@ def run(
         baseline_us, speedup (None where parity is red), parity and the other COLUMNS; a failure is {"op", "case", "error"}.
 
     Raises:
-        ValueError: an unknown op or device, or no CUDA device for "cuda".
+        ValueError: an unknown op or device, no CUDA device for "cuda", or nothing to measure in `repeats` or `seconds`.
     """
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds: expected a time above 0, got {seconds}")
     cases = registry.select(ops, device=device, full=full)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a machine with a CUDA device for cuda, torch finds none")
@@ -137,7 +142,7 @@ def run_case(case, seconds: float, ceilings: dict) -> list[dict]:
                     "baseline_us_p80": theirs.p80,
                     "speedup": theirs.p50 / mine.p50 if parity else None,
                     "parity": parity,
-                    "error": max((p.error for p in checked), default=None),
+                    "error": max((p.error for p in checked if math.isfinite(p.error)), default=None),
                     "roofline_us": roofline,
                     "roofline_share": roofline / mine.p50,
                     "rounds": mine.rounds,
@@ -150,7 +155,8 @@ def line(row: dict) -> str:
     """One row as text for a terminal."""
     what = f"{row['op']} {row['case']} density {row['density']:g} {row['backend']}"
     if not row["parity"]:
-        return f"{what}: RED, results differ from the reference (error {row['error']:.2g})"
+        error = "of wrong shape or not finite" if row["error"] is None else f"error {row['error']:.2g}"
+        return f"{what}: RED, results differ from the reference ({error})"
     return f"{what}: {row['ours_us']:.1f} us, {row['speedup']:.2f}x {row['baseline']} ({row['baseline_us']:.1f} us)"
 
 
@@ -188,10 +194,10 @@ def main(argv=None) -> int:
     options = {name: getattr(arguments, name) for name in ("device", "full", "seconds", "repeats", "limit")}
     try:
         result = run(arguments.op, **options, progress=say)
-    except ValueError as error:
+        path = write_csv(result, arguments.out or f"bench-{arguments.device}.csv")
+    except (ValueError, OSError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
-    path = write_csv(result, arguments.out or f"bench-{arguments.device}.csv")
     say(f"{result['device']}, {platform.platform()}: {path}")
     if arguments.json:
         print(json.dumps(result))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
-import shlex
 import sys
 import time
 import types
@@ -29,28 +29,40 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit status (0 done, 1 a claim or check failed, 2 a user's mistake, 130 interrupted)."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started us: print would take the other one instead
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _build_parser(argv)
-    arguments = parser.parse_args(argv)
-    arguments.command_line = shlex.join([PROGRAM, *argv])
-    name = f"{PROGRAM} {arguments.command}"
     try:
-        status, result = arguments.run(arguments)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; what was finished is kept, the same command resumes", file=sys.stderr)
-        return INTERRUPTED
+        try:
+            arguments = _build_parser(argv).parse_args(argv)
+        except SystemExit:  # after --help or a mistake
+            sys.stdout.flush()
+            raise
+        return _run(arguments)
     except BrokenPipeError:  # the reader of a pipe has gone (| head): nobody left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _run(arguments) -> int:
+    name = f"{PROGRAM} {arguments.command}"
+    try:
+        status, result = arguments.run(arguments)
+        if arguments.json:
+            print(json.dumps(result, allow_nan=False), flush=True)
+        return status
+    except KeyboardInterrupt:
+        note(f"{name}: interrupted; what was finished is kept, the same command resumes")
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("SPARSELOTTERY_DEBUG"):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"{name}: error: {text}", file=sys.stderr)
+        note(f"{name}: error: {text}")
         return USER_MISTAKE
-    if arguments.json:
-        print(json.dumps(result, allow_nan=False), flush=True)
-    return status
 
 
 def _build_parser(argv: list[str]) -> argparse.ArgumentParser:
@@ -75,7 +87,37 @@ def _build_parser(argv: list[str]) -> argparse.ArgumentParser:
 
 def say(arguments, text: str) -> None:
     """Print for people: on standard output, or on standard error where that is kept for JSON."""
-    print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    if arguments.json:
+        note(text)
+    else:
+        print(text, flush=True)
+
+
+def note(text: str, stream=None, end: str = "\n") -> None:
+    """Print on standard error. That nobody reads it any more is no reason to stop the work."""
+    stream = stream or sys.stderr
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _list_of(item):
+    def parse(text: str) -> tuple:
+        return tuple(item(part) for part in text.split(",") if part)
+
+    parse.__name__ = f"list of {item.__name__}"  # argparse says "invalid ... value"
+    return parse
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return number
 
 
 # ---- arguments from hyperparameter dataclasses ----
@@ -96,10 +138,11 @@ def add_fields(parser: argparse.ArgumentParser, hparams: type, skip: tuple[str, 
             settings["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
             item = typing.get_args(kind)[0]
-            settings["type"] = lambda text, item=item: tuple(item(part) for part in text.split(",") if part)
+            item = _number if item is float else item
+            settings["type"] = _list_of(item)
             settings["metavar"] = "A,B,.."
         else:
-            settings["type"] = kind if kind in (int, float) else str
+            settings["type"] = {int: int, float: _number}.get(kind, str)
             settings["metavar"] = field.metadata.get("metavar", field.name.upper())
         if "choices" in field.metadata and kind is not bool and typing.get_origin(kind) is not tuple:
             settings["choices"] = list(field.metadata["choices"])
@@ -162,9 +205,9 @@ class Progress:
 
     def _line(self, text: str, keep: bool) -> None:
         if self.live:
-            print(f"\r\x1b[K{text}", end="\n" if keep else "", file=self.stream, flush=True)
+            note(f"\r\x1b[K{text}", self.stream, "\n" if keep else "")
         else:
-            print(text, file=self.stream, flush=True)
+            note(text, self.stream)
 
 
 # ---- imp, one-shot, reproduce ----
@@ -198,7 +241,7 @@ def _conclude(arguments, result, hparams) -> dict:
 
     shown = result.to_json()
     if not arguments.no_speed:
-        print("measuring the ticket's speed against the dense network ...", file=sys.stderr, flush=True)
+        note("measuring the ticket's speed against the dense network ...")
         shown["speed"] = speed_of_run(result, hparams, arguments.data_root)
     say(arguments, "")
     say(arguments, report.text_table(*report.summary_rows(shown["levels"])))

@@ -16,6 +16,7 @@ import textwrap
 from collections import defaultdict
 from pathlib import Path
 
+from .tickets.store import Store
 from .tickets.ticket import write_atomic
 
 KINDS = ("ticket", "reinit", "random-mask", "shuffle")
@@ -48,10 +49,12 @@ def write_report(run: str | Path) -> Path:
     result = _read_result(run)
     records = read_metrics(run)
     figures = _figures(result["levels"], records)
-    for name, _, figure, _ in figures:
-        write_atomic(run / f"{name}.png", figure)
     path = run / "report.html"
-    write_atomic(path, _page(run, result, figures).encode())
+    page = _page(run, result, figures).encode()
+    with Store(run, create=False).lock():
+        for name, _, figure, _ in figures:
+            write_atomic(run / f"{name}.png", figure)
+        write_atomic(path, page)
     return path
 
 
@@ -59,11 +62,13 @@ def read_metrics(run: str | Path) -> list[dict]:
     """The records of `metrics.jsonl`; a line that a kill has torn is left out."""
     path = Path(run) / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and "iteration" in record:
+            records.append(record)
     return records
 
 
@@ -75,8 +80,10 @@ def _read_result(run: Path) -> dict:
         raise FileNotFoundError(f"{path}: not there; the run has not finished (start it again, it resumes)")
     try:
         result = json.loads(path.read_text())
-        result["levels"][0]["density"]
-    except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        for level in result["levels"]:
+            float(level["density"]), level["ticket"].get("test_accuracy")
+        result["levels"][result.get("found", {}).get("level", 0)]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected the result of a finished run, it is damaged ({error})") from None
     return result
 
@@ -224,7 +231,8 @@ def _learning_curves(levels: list[dict], records: list[dict]) -> tuple[str, str,
         axes.set_ylim(max(0.0, low - 0.1 * (100 - low)), min(100.5, values[-1] + 1))
     axes.set_xlabel("iteration")
     axes.set_ylabel(key.replace("_", " ") + ", %")
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    if curves:
+        axes.legend(frameon=False, fontsize=8, ncols=2)
     header = ["network", "first evaluation", "half way", "last"]
     rows = []
     for (level, kind), points in sorted(curves.items()):
@@ -254,15 +262,17 @@ pre { background: #f6f8fa; padding: .75rem; overflow-x: auto; border-radius: 6px
 def verdict(result: dict) -> str:
     """One sentence: which ticket was found and what it is worth."""
     levels = result["levels"]
-    dense = levels[0]["ticket"]["test_accuracy"]
+    dense = levels[0]["ticket"].get("test_accuracy")
     level = result.get("found", {}).get("level", 0)
+    if dense is None or "test_accuracy" not in levels[level]["ticket"]:
+        return f"{len(levels)} levels down to {100 * levels[-1]['density']:.1f} % of the weights; no test accuracy was measured."
     if not level:
         return f"No ticket matched the dense network ({_pair(dense, 100)} % test accuracy) at any density tried."
     found = levels[level]
     accuracy = _pair(found["ticket"]["test_accuracy"], 100)
     text = f"A ticket with {100 * found['density']:.1f} % of the weights reaches {accuracy} % test accuracy; "
     text += f"the dense network {_pair(dense, 100)} %."
-    others = [f"{LABELS[k]} {_pair(found[k]['test_accuracy'], 100)} %" for k in KINDS[1:] if k in found]
+    others = [f"{LABELS[k]} {_pair(found[k].get('test_accuracy'), 100)} %" for k in KINDS[1:] if k in found]
     return text + (f" Its controls at the same density: {', '.join(others)}." if others else "")
 
 
@@ -278,17 +288,17 @@ def command_of(config: dict) -> str:
     """The command that makes the run of a `config.json`, every setting spelled out so that later defaults change nothing."""
     words = ["sparselottery", config["driver"]]
     for name, value in config["hparams"].items():
-        if value is None or value == []:
+        if value is None:
             continue
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         words.append(f"--{name.replace('_', '-')} {shlex.quote(text)}")
-    return textwrap.fill(" ".join(words), 100, subsequent_indent="    ", break_on_hyphens=False).replace("\n", " \\\n")
+    text = textwrap.fill(" ".join(words), 100, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
+    return text.replace("\n", " \\\n")
 
 
 def _page(run: Path, result: dict, figures: list[tuple[str, str, bytes, str]]) -> str:
     def read(name):
-        path = run / name
-        return json.loads(path.read_text()) if path.exists() else {}
+        return Store(run, create=False).read(name) or {}
 
     config, environment = read("config.json"), read("environment.json")
     title = "Lottery ticket run"

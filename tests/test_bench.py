@@ -146,6 +146,27 @@ def test_run_gives_the_rows_that_scripts_rely_on(small, tmp_path):
     )
 
 
+def test_a_result_that_is_not_finite_is_red_and_still_json(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(verify, "compare", lambda *_: verify.Parity(False, INF))
+    lines = []
+    result = run.run(["linear"], full=True, seconds=0.01, progress=lines.append)
+    json.dumps(result, allow_nan=False)
+    assert result["rows"] and all("RED" in line and "not finite" in line for line in lines)
+    assert not any(row["parity"] for row in report.read(run.write_csv(result, tmp_path / "red.csv")))
+
+
+@pytest.mark.parametrize("option", [["--repeats", "0"], ["--seconds", "nan"], ["--seconds", "0"], ["--device", "tpu"]])
+def test_a_run_that_would_measure_nothing_is_a_mistake(option, capsys):
+    assert run.main(["linear", *option]) == 2
+    assert capsys.readouterr().err.startswith(f"bench: error: {option[0][2:]}: expected")
+
+
+def test_a_csv_that_cannot_be_written_is_told_in_one_line(small, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run.main(["linear", "--full", "--seconds", "0.01", "--out", str(tmp_path / "file" / "x.csv")]) == 2
+    assert "file" in capsys.readouterr().err
+
+
 def test_no_speedup_is_told_for_a_red_case(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(setups, "TOLERANCE", dict.fromkeys(setups.TOLERANCE, -1.0))
     result = run.run(["linear"], full=True, seconds=0.01, progress=print)

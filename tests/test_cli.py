@@ -93,6 +93,10 @@ def test_one_shot(tmp_path, capsys):
         (["reproduce", "lenet", "--scale", "smoke"], "data"),
         (["reproduce", "mona-lisa"], "mona-lisa"),
         (["imp", "--workers", "0"], "workers"),
+        (["imp", "--lr", "nan"], "lr"),
+        (["imp", "--control-levels", "1,x"], "--control-levels: invalid list of int value: '1,x'"),
+        (["one-shot", "--densities", "0.5,inf"], "densities"),
+        (["imp", "--controls", "reinit,reinit"], "controls"),
         (["frobnicate"], "frobnicate"),
         ([], "COMMAND"),
     ],
@@ -117,6 +121,38 @@ def test_interruption_is_told_and_has_its_status(monkeypatch, capsys):
     monkeypatch.setattr("sparselottery.experiments.runs.run_imp", interrupt)
     status, _, error = run(capsys, "imp")
     assert status == 130 and "resumes" in error and "Traceback" not in error
+
+
+def test_a_mistake_seen_by_a_worker_is_one_line_too(tmp_path, capsys):
+    status, text, error = run(capsys, "imp", *TINY, "--lr", "-1", "--workers", "2", "--out", tmp_path)
+    lines = [line for line in error.splitlines() if not line.endswith("14 trainings")]
+    assert status == 2 and text == "" and len(lines) == 1
+    assert lines[0].startswith("sparselottery imp: error: lr: expected")
+
+
+@pytest.mark.parametrize("command", ["env --json", "env", "--help", "imp --help"])
+def test_a_reader_that_has_gone_is_no_error(command):
+    read, write = os.pipe()
+    os.close(read)
+    argv = [sys.executable, "-m", "sparselottery", *command.split()]
+    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == int("--help" not in command)
+    assert "Traceback" not in done.stderr and "BrokenPipeError" not in done.stderr
+
+
+def test_nobody_needs_to_read_the_progress(tmp_path):
+    argv = ["imp", "--rounds", "1", "--seeds", "1", "--budget", "4it", "--controls", "", "--workers", "1", "--no-speed"]
+    command = [sys.executable, "-m", "sparselottery", *argv, "--no-report", "--json", "--out"]
+    read, write = os.pipe()
+    os.close(read)
+    gone = subprocess.run([*command, tmp_path / "a"], stdout=subprocess.PIPE, stderr=write, text=True)
+    os.close(write)
+    shell = ["sh", "-c", '"$@" 2>&-', "sh", *command, tmp_path / "b"]
+    closed = subprocess.run(shell, stdout=subprocess.PIPE, text=True)
+    for done in (gone, closed):
+        assert done.returncode == 0 and done.stdout.count("\n") == 1
+        assert len(json.loads(done.stdout)["levels"]) == 2
 
 
 def test_every_command_has_help_with_examples(capsys):

@@ -4,6 +4,9 @@ import functools
 import json
 import math
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,7 +171,7 @@ def test_one_shot_prunes_the_dense_network_once():
     assert all(torch.equal(ticket_masks(single, 1)[n], ticket_masks(done, 2)[n]) for n in "024")
 
 
-@pytest.mark.parametrize("density", [[], 1.0, 0.0, [0.1, 0.2], [0.5, 0.5]])
+@pytest.mark.parametrize("density", [[], 1.0, 0.0, [0.1, 0.2], [0.5, 0.5], None, "0.5", ["half"]])
 def test_densities_that_cannot_be(density):
     with pytest.raises(ValueError, match="density: expected fractions between 0 and 1, falling"):
         sl.one_shot(make_model, trainer(), density=density)
@@ -203,6 +206,9 @@ def test_a_plain_loop_and_a_model_without_a_seed():
     }
     positional = sl.imp(lambda s: make_model(s), trainer(), rounds=0, seeds=1)
     assert torch.equal(positional.ticket().initial["0.weight"], make_model(0)[0].weight)
+
+
+ONE_MODEL = nn.Sequential(nn.Linear(4, 4))
 
 
 def fine(model, *, seed, budget):
@@ -248,14 +254,21 @@ class Halfway:
         ),
         ({"controls": ("reinit", "magic")}, ValueError, "controls: expected any of reinit, random-mask, shuffle"),
         ({"controls": "reinit"}, ValueError, "controls: expected any of"),
+        ({"controls": None}, ValueError, "controls: expected any of .* got None"),
+        ({"controls": ("reinit", "reinit")}, ValueError, "controls: expected each once"),
         ({"control_levels": [0]}, ValueError, "control_levels: expected levels from 1 to 1"),
+        ({"control_levels": 1}, ValueError, "control_levels: expected levels from 1 to 1, got 1"),
+        ({"rates": 0.5}, TypeError, "rates: expected a mapping such as .*, got float"),
+        ({"exclude": "head"}, ValueError, "exclude: no module is called 'head'"),
+        ({"make_model": lambda: make_model(0)}, ValueError, "make_model: gives the same initial values for every seed"),
+        ({"make_model": lambda: ONE_MODEL}, ValueError, "make_model: expected a new model at every call"),
         ({"seeds": 0}, ValueError, "seeds: expected at least 1"),
         ({"seeds": [1, 1]}, ValueError, "seeds: expected at least one and each once"),
         ({"seeds": [0.5]}, TypeError, "seeds: expected how many, or a list of ints"),
         ({"workers": 0}, ValueError, "workers: expected at least 1"),
         ({"repeats": 1.5}, TypeError, "repeats: expected an int, got float"),
         (
-            {"workers": 2, "make_model": lambda: make_model(0)},
+            {"workers": 2, "make_model": lambda seed: make_model(seed)},
             TypeError,
             "workers: more than 1 needs a make_model and a fit",
         ),
@@ -276,6 +289,43 @@ def test_a_fit_that_fails_in_a_worker_is_shown():
         sl.imp(make_model, failing, rounds=1, seeds=2, workers=2)
 
 
+def mistaken(model, *, seed, budget):
+    raise ValueError("lr: expected less")
+
+
+def test_a_mistake_is_the_same_error_in_a_worker():
+    with pytest.raises(ValueError, match="lr: expected less") as caught:
+        sl.imp(make_model, mistaken, rounds=1, seeds=2, workers=2)
+    assert str(caught.value) == "lr: expected less"
+    assert "in mistaken" in str(caught.value.__cause__)
+
+
+UNGUARDED = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import sparselottery as sl
+from test_imp import fine, make_model
+sl.imp(make_model, fine, rounds=1, seeds=2, workers=2, out=sys.argv[1])
+"""
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    """Its workers import it, and would wait for the run folder that their parent holds."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    command = [sys.executable, tmp_path / "script.py", tmp_path / "run", Path(__file__).parent]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("RuntimeError: a worker process died") and '__name__ == "__main__"' in last
+
+
+def test_a_single_name_is_excluded():
+    done = sl.imp(make_model, fine, rounds=1, seeds=1, controls=(), exclude="2")
+    assert set(done.ticket(1).masks) == {"0", "4"}
+    with pytest.raises(TypeError, match="rates: expected a mapping"):
+        sl.one_shot(make_model, fine, density=0.5, seeds=1, rates=0.5)
+
+
 def test_a_ticket_that_is_not_there(result):
     with pytest.raises(ValueError, match=r"level, seed: expected levels 0 to 3 and seeds \[0, 1\], got \(9, 0\)"):
         result.ticket(9)
@@ -288,6 +338,23 @@ def test_interval_is_students():
     found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found["mean"] == 3 and found["ci95"] == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
     assert interval([7]) == {"mean": 7.0, "ci95": None, "values": [7.0]}
+
+
+def test_repeats_within_a_seed_are_no_independent_trials():
+    found = interval([1.0, 3.0, 2.0, 4.0, 5.0, 7.0], repeats=2)  # seeds' means 2, 3, 6
+    assert found["values"] == [1, 3, 2, 4, 5, 7]
+    assert found["mean"] == pytest.approx(11 / 3) and found["ci95"] == pytest.approx(interval([2, 3, 6])["ci95"])
+    assert interval([1.0, 2.0], repeats=2)["ci95"] is None
+
+
+def test_repeats_are_grouped_by_seed():
+    def fit(model, *, seed, budget):
+        return {"test_accuracy": 0.25 * seed}
+
+    done = sl.imp(make_model, fit, rounds=1, seeds=3, controls=("reinit",), repeats=2)
+    reinit = done.levels[1]["reinit"]["test_accuracy"]
+    assert reinit["values"] == [0, 0, 0.25, 0.25, 0.5, 0.5]
+    assert reinit["ci95"] == pytest.approx(done.levels[1]["ticket"]["test_accuracy"]["ci95"])
 
 
 def test_the_found_ticket_is_the_sparsest_no_worse_than_dense():

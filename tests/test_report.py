@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
@@ -93,3 +94,36 @@ def test_what_is_missing_or_damaged_is_named(folder, tmp_path):
     (folder / "result.json").unlink()
     with pytest.raises(FileNotFoundError, match="has not finished"):
         report.write_report(folder)
+
+
+@pytest.mark.parametrize(
+    "levels", [[{"density": 1}], [3], [{"density": "x", "ticket": {}}], [{"density": 1, "ticket": 2}]]
+)
+def test_a_result_of_another_shape_is_named(folder, levels):
+    (folder / "result.json").write_text(json.dumps({"levels": levels}))
+    with pytest.raises(ValueError, match=r"result\.json: expected the result of a finished run"):
+        report.write_report(folder)
+
+
+def test_lines_that_are_no_records_are_left_out(folder):
+    page = report.write_report(folder).read_text()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("\n3\n{}\nnull\n")
+    assert report.write_report(folder).read_text() == page
+
+
+def test_a_run_that_measured_no_test_accuracy(folder):
+    result = json.loads((folder / "result.json").read_text())
+    for level in result["levels"]:
+        for kind in ("ticket", "reinit"):
+            level.get(kind, {}).pop("test_accuracy", None)
+    (folder / "result.json").write_text(json.dumps(result))
+    assert "no test accuracy was measured" in report.write_report(folder).read_text()
+
+
+def test_the_command_spells_out_what_is_empty_and_breaks_no_word():
+    levels = list(range(1, 60))
+    hparams = {"controls": [], "rate": 0.2, "control_levels": levels, "seeds": 5}
+    words = shlex.split(report.command_of({"driver": "imp", "hparams": hparams}).replace("\\\n", ""))
+    assert words[2:4] == ["--controls", ""]
+    assert words[words.index("--control-levels") + 1] == ",".join(map(str, levels))

@@ -48,7 +48,8 @@ def test_what_a_run_folder_holds(uninterrupted):
     store.Store(folder).verify()
     assert Result.load(folder).to_json() == result.to_json()
     with pytest.raises(ValueError, match="expected a finished run"):
-        Result.load(folder / "jobs")
+        Result.load(folder / "nowhere")
+    assert not (folder / "nowhere").exists()
 
 
 def test_run_again_does_nothing_again(uninterrupted):
@@ -63,6 +64,14 @@ def test_run_again_does_nothing_again(uninterrupted):
     store.Store(result.run).verify()
     assert runs.run_imp(SMALL, result.run.parent, workers=1).to_json()["speed"] == {"train_step": 2.0}
     (result.run / "result.json").write_bytes(files["result.json"])  # as the other tests expect it
+
+
+def test_a_lost_ticket_is_made_again(uninterrupted):
+    result, files = uninterrupted
+    for name in ("seed1-level00.safetensors", "seed0-level02.safetensors"):
+        (result.run / "tickets" / name).unlink()
+    runs.run_imp(SMALL, result.run.parent, workers=1)
+    assert contents(result.run) == files
 
 
 class Killed(BaseException):

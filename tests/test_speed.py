@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sparselottery as sl
-from sparselottery.experiments import models, speed
+from sparselottery.experiments import hparams, models, runs, speed
 from sparselottery.ops import dispatch
 
 
@@ -56,3 +56,13 @@ def test_no_speed_of_something_else(batch, wrong_when, message):
     sl.prune(model, density=0.1)
     with pytest.raises(RuntimeError, match=message):
         speed.measure_speed(sl.Ticket.of(model, model), lambda: Crooked(wrong_when), batch, rounds=1)
+
+
+def test_the_rate_that_trained_the_ticket_does_not_disturb_the_measurement(tmp_path, monkeypatch):
+    """At a rate made for SGD, Adam's rounding would part the two networks whose losses are compared."""
+    asked = hparams.Imp(rounds=1, seeds=1, budget="4it", controls=(), optimizer="sgd", lr=0.5, momentum=0.9)
+    result = runs.run_imp(asked, tmp_path, workers=1)
+    result.found.update(level=1)
+    monkeypatch.setattr(speed, "_interleaved", lambda functions, *_: dict.fromkeys(functions, 1.0))
+    with dispatch.reproducible():
+        assert speed.speed_of_run(result, asked)["train_step"] == 1

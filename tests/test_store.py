@@ -84,7 +84,7 @@ def test_a_second_process_waits_until_the_first_is_dead(tmp_path):
     first = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert first.stdout.readline() == b"held\n"
-        (tmp_path / "tickets" / ".seed0.safetensors.abc").write_text("left by a killed process")
+        (tmp_path / "tickets" / ".seed0-level00.safetensors.a1_b2c3d").write_text("left by a killed process")
         waited = []
         with Store(tmp_path).lock(lambda: (waited.append(True), first.kill())):
             assert waited == [True] and first.wait() == -9
@@ -94,3 +94,25 @@ def test_a_second_process_waits_until_the_first_is_dead(tmp_path):
         first.wait()
         first.stdin.close()
         first.stdout.close()
+
+
+def test_files_of_somebody_else_are_left_alone(tmp_path):
+    """A run folder may be a home or a project: dotfiles stay, and nobody's files are hashed."""
+    theirs = [".bashrc", ".env.json", "notes.txt", "sub/.secret.json.abcdefgh", ".lock.json"]
+    (tmp_path / "sub").mkdir()
+    for name in theirs:
+        (tmp_path / name).write_text("mine")
+    store = Store(tmp_path)
+    with store.lock():
+        store.claim({"rounds": 3}, {})
+        store.write_result({"levels": []})
+    assert all((tmp_path / name).read_text() == "mine" for name in theirs)
+    assert sorted(store.read("manifest.json")["sha256"]) == ["config.json", "environment.json", "result.json"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"history": 3, "density": 1}', "", '{"density": 0.5, "his'])
+def test_a_damaged_job_is_named(tmp_path, content):
+    store = Store(tmp_path)
+    (tmp_path / "jobs" / "seed0-level00-ticket.json").write_text(content)
+    with pytest.raises(ValueError, match=r"seed0-level00-ticket.json: expected .*; delete it to have it made again"):
+        store.job(Job(0, 0))

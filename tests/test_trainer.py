@@ -192,6 +192,14 @@ def test_pruned_weights_stay_zero():
     assert not model[0].weight[~mask].any() and model[0].weight[mask].all()
 
 
+def test_evaluation_keeps_every_modules_mode():
+    model = network(dropout=0.5)
+    model[0].eval()  # a frozen part
+    before = [module.training for module in model.modules()]
+    trainer().evaluate(model)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_config_tells_what_decides():
     base = trainer().config()
     assert base == trainer().config()
@@ -229,6 +237,8 @@ def test_bad_data_and_models():
         Trainer(TRAIN, test=(x[:, :7], y))
     with pytest.raises(ValueError, match="train: expected at least one example"):
         Trainer((x[:0], y[:0]))
+    with pytest.raises(ValueError, match="validation: expected at least one example"):
+        Trainer(TRAIN, (x[:0], y[:0]))
     with pytest.raises(ValueError, match="patience: expected validation data"):
         Trainer(TRAIN, patience=2)
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):

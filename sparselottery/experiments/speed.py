@@ -85,7 +85,7 @@ def speed_of_run(result: Result, hparams: Training, data_root=None) -> dict | No
     fit = Fit(hparams, data_root)
     x, y = fit.trainer.data["train"]
     batch = x[: hparams.batch_size], y[: hparams.batch_size]
-    speed = measure_speed(result.ticket(), fit.make_model(), batch, lr=hparams.lr)
+    speed = measure_speed(result.ticket(), fit.make_model(), batch)  # Adam at its own rate, whatever trained the ticket
     result.extend(speed=speed)
     return speed
 

@@ -21,7 +21,7 @@ from ..ops import dispatch
 from ..pruning import prune
 from ..training.history import History, parse_step
 from . import controls
-from .pool import Pool
+from .pool import Pool, check_guarded
 from .result import Result, summary
 from .store import Job, Store
 from .ticket import Ticket
@@ -63,6 +63,12 @@ class Plan:
         """The job that must be done before this one."""
         return Job(job.seed, self.parents[job.level - 1]) if job.level else None
 
+    def tickets(self, job: Job) -> list[int]:
+        """The levels of its seed whose tickets come of this job."""
+        if job.kind != "ticket":
+            return []
+        return [0] * (job.level == 0) + [i + 1 for i, parent in enumerate(self.parents) if parent == job.level]
+
     def build(self, seed: int) -> nn.Module:
         """A new model with masked layers, its values a function of `seed`.
 
@@ -99,6 +105,8 @@ def run(
 
     `config`: what config.json says besides. Without `out` the run lives in a temporary folder as long as its result.
     """
+    if workers > 1:
+        check_guarded()
     progress = progress or (lambda event: None)
     temporary = tempfile.TemporaryDirectory(prefix="sparselottery-") if out is None else None
     store = Store(temporary.name if temporary else out)
@@ -106,7 +114,7 @@ def run(
     with store.lock(lambda: progress({"event": "waiting", "run": str(store.folder)})):
         store.claim({**plan.config(), **(config or {})}, _ext.env_report())
         _check_initial(plan, store)
-        done = {job for job in jobs if store.job(job) is not None}
+        done = {job for job in jobs if _is_done(plan, store, job)}
         store.write_metrics(jobs)
         progress({"event": "start", "run": str(store.folder), "done": len(done), "total": len(jobs)})
         for job in _done(plan, store, [j for j in jobs if j not in done], done, workers):
@@ -116,6 +124,11 @@ def run(
         found = {**(store.read("result.json") or {}), **summary(store, jobs)}  # what was added to it later stays
         store.write_result(found)
     return Result(store.folder, found, temporary)
+
+
+def _is_done(plan: Plan, store: Store, job: Job) -> bool:
+    """Its file is there and so are its tickets (a lost one is made again)."""
+    return store.job(job) is not None and all(store.ticket(job.seed, level).is_file() for level in plan.tickets(job))
 
 
 def _done(plan: Plan, store: Store, todo: list[Job], done: set[Job], workers: int) -> Iterator[Job]:
@@ -163,10 +176,9 @@ def run_job(plan: Plan, folder: Path, job: Job) -> None:
             start = rewound = _start(plan, store, job)
             start.apply(model)
             history = _fit(plan, model, job, start_at=plan.rewind) if rewinding else _fit(plan, model, job)
-        if job.kind == "ticket":
-            for level in (i + 1 for i, parent in enumerate(plan.parents) if parent == job.level):
-                prune(model, **plan.steps[level - 1])
-                Ticket.of(model, rewound.initial).save(store.ticket(job.seed, level))
+        for level in filter(None, plan.tickets(job)):
+            prune(model, **plan.steps[level - 1])
+            Ticket.of(model, rewound.initial).save(store.ticket(job.seed, level))
     outcome = {
         "density": start.density,
         "kept": start.count,
@@ -292,9 +304,11 @@ def check(make_model, fit, seeds, rewind, names, repeats, workers, threads) -> t
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    unknown = [n for n in names if n not in controls.CONTROLS]
-    if isinstance(names, str) or unknown:
+    listed = isinstance(names, Sequence) and not isinstance(names, str)
+    if not listed or any(n not in controls.CONTROLS for n in names):
         raise ValueError(f"controls: expected any of {', '.join(controls.CONTROLS)}, got {names!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"controls: expected each once (`repeats` trains it several times), got {names!r}")
     if rewind != "init":
         parse_step(rewind, steps_per_epoch=1, name="rewind")
         if not accepts(fit, "snapshot_at", "start_at"):
@@ -312,24 +326,45 @@ def check(make_model, fit, seeds, rewind, names, repeats, workers, threads) -> t
     return tuple(seeds)
 
 
+def as_tuple(exclude) -> tuple:
+    """What `sl.sparsify` takes as `exclude`: a single name or class is one too."""
+    return (exclude,) if isinstance(exclude, str | type) else tuple(exclude)
+
+
+def as_rates(rates) -> dict:
+    if not isinstance(rates, Mapping):
+        raise TypeError(f"rates: expected a mapping such as {{'output': 0.5}}, got {type(rates).__name__}")
+    return dict(rates)
+
+
 def check_control_levels(levels, count: int) -> tuple[int, ...]:
     """Which of the levels 1..count get controls; None means all."""
     if levels is None:
         return tuple(range(1, count + 1))
-    if not all(isinstance(level, int) and 1 <= level <= count for level in levels):
-        raise ValueError(f"control_levels: expected levels from 1 to {count}, got {list(levels)}")
+    listed = isinstance(levels, Sequence) and not isinstance(levels, str)
+    if not listed or not all(isinstance(level, int) and 1 <= level <= count for level in levels):
+        raise ValueError(f"control_levels: expected levels from 1 to {count}, got {levels!r}")
     return tuple(sorted(set(levels)))
 
 
-def probe(make_model, seed, exclude) -> nn.Module:
-    """A model to try pruning on before anything is trained.
+def probe(make_model, seed, exclude, names) -> nn.Module:
+    """A model to try pruning on before anything is trained. `names`: of the controls.
 
     Raises:
-        ValueError: there is nothing to prune.
+        ValueError: there is nothing to prune, or models are not new ones each time.
     """
-    model = Plan("", make_model, print, (seed,), (), (), exclude=exclude).build(seed)
-    if not any(True for _ in masked_modules(model)):
+    plan = Plan("", make_model, print, (seed,), (), (), exclude=exclude)
+    model, other = plan.build(seed), plan.build(controls.derived_seed("probe", seed))
+    layers, others = (dict(masked_modules(m)) for m in (model, other))
+    if not layers:
         raise ValueError("make_model: expected a model with Linear or Conv2d layers to prune, got none")
+    if any(layers[name].weight is others[name].weight for name in layers.keys() & others.keys()):
+        raise ValueError("make_model: expected a new model at every call, got the same weights twice")
+    if "reinit" in names and digest(Ticket.of(model, model)) == digest(Ticket.of(other, other)):
+        raise ValueError(
+            "make_model: gives the same initial values for every seed, so control reinit would be the ticket itself; "
+            "draw them from the seed, or leave that control out"
+        )
     return model
 
 

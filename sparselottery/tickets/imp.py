@@ -64,10 +64,11 @@ def imp(
         TypeError, ValueError: an argument is not as described; the message names it.
     """
     chosen = driver.check(make_model, fit, seeds, rewind, controls, repeats, workers, threads)
+    exclude = driver.as_tuple(exclude)
     if rates is None:
         rates = {"output": 0.5} if scope == "layer" else {}
-    step = {"rate": rate, "scope": scope, "rates": dict(rates), "exclude": tuple(exclude)}
-    steps = (step,) * _count(driver.probe(make_model, chosen[0], tuple(exclude)), step, rounds, density)
+    step = {"rate": rate, "scope": scope, "rates": driver.as_rates(rates), "exclude": exclude}
+    steps = (step,) * _count(driver.probe(make_model, chosen[0], exclude, controls), step, rounds, density)
     plan = driver.Plan(
         title="imp",
         make_model=make_model,
@@ -80,7 +81,7 @@ def imp(
         control_levels=driver.check_control_levels(control_levels, len(steps)),
         repeats=repeats,
         budget=budget,
-        exclude=tuple(exclude),
+        exclude=exclude,
         threads=threads,
     )
     return driver.run(plan, out, workers, progress, config)

@@ -40,14 +40,16 @@ def one_shot(
     The other arguments, the result and the errors are those of `sl.imp`.
     """
     chosen = driver.check(make_model, fit, seeds, rewind, controls, repeats, workers, threads)
-    densities = [density] if isinstance(density, int | float) else list(density)
-    if sorted(set(densities), reverse=True) != densities or not densities or not all(0 < d < 1 for d in densities):
+    densities = list(density) if isinstance(density, Sequence) and not isinstance(density, str) else [density]
+    numbers = all(isinstance(d, int | float) and 0 < d < 1 for d in densities)
+    if not densities or not numbers or sorted(set(densities), reverse=True) != densities:
         raise ValueError(f"density: expected fractions between 0 and 1, falling, got {density!r}")
     if rates is None:
         rates = {"output": 0.5} if scope == "layer" else None
-    shared = {"scope": scope, "rates": rates and dict(rates), "exclude": tuple(exclude)}
+    exclude = driver.as_tuple(exclude)
+    shared = {"scope": scope, "rates": None if rates is None else driver.as_rates(rates), "exclude": exclude}
     steps = tuple({"density": d, **shared} for d in densities)
-    model = driver.probe(make_model, chosen[0], tuple(exclude))
+    model = driver.probe(make_model, chosen[0], exclude, controls)
     for step in steps:
         prune(model, **step)  # complains about scope, rates and the like before anything is trained
     plan = driver.Plan(
@@ -62,7 +64,7 @@ def one_shot(
         control_levels=driver.check_control_levels(control_levels, len(steps)),
         repeats=repeats,
         budget=budget,
-        exclude=tuple(exclude),
+        exclude=exclude,
         threads=threads,
     )
     return driver.run(plan, out, workers, progress, config)

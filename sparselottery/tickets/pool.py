@@ -3,12 +3,29 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 
 import torch
+
+GUARD = 'a script that starts its work under if __name__ == "__main__":'
+
+
+def check_guarded() -> None:
+    """Complain where a worker imports a script that would start the whole run again (and wait for itself for ever).
+
+    Raises:
+        RuntimeError: this is such a worker.
+    """
+    if getattr(
+        multiprocessing.current_process(), "_inheriting", False
+    ):  # set while a spawned process imports the script
+        raise RuntimeError(f"workers: more than 1 needs {GUARD}")
 
 
 class Pool:
@@ -31,12 +48,16 @@ class Pool:
             for _ in range(workers):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(theirs, threads), daemon=True)
-                process.start()
+                with _deaf_to_interrupts():
+                    process.start()
                 theirs.close()  # so that the worker's death shows as the end of the pipe
                 self.processes.append(process)
                 self.idle.append(ours)
             for connection in self.idle:  # once all are starting: it waits until the worker reads
                 connection.send_bytes(work)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close()
+            raise RuntimeError(f"a worker process died at once: out of memory, killed, or not {GUARD}") from None
         except BaseException:
             self.close()
             raise
@@ -51,20 +72,22 @@ class Pool:
         """Wait until at least one item is done and return those.
 
         Raises:
-            RuntimeError: a worker died, or its item raised; the message carries the worker's traceback.
+            ValueError, TypeError, OSError: as its item raised it in a worker, whose traceback is told as the cause.
+            RuntimeError: the item raised something else, or the worker died.
         """
         done = []
         for connection in wait(list(self.busy)):
             item = self.busy.pop(connection)
             try:
-                error = connection.recv()
-            except EOFError:
+                failure = connection.recv()
+            except (EOFError, ConnectionResetError):
                 raise RuntimeError(
-                    f"a worker process died at {item}: out of memory, killed, or (if at once) a script without "
-                    'if __name__ == "__main__":'
+                    f"a worker process died at {item}: out of memory, killed, or (if at once) not {GUARD}"
                 ) from None
-            if error is not None:
-                raise RuntimeError(f"{item} failed in a worker process:\n{error}")
+            if failure is not None:
+                error, text, told = failure
+                cause = RuntimeError(f"in a worker process:\n{told}")
+                raise (error or RuntimeError(f"{item} failed in a worker process: {text}")) from cause
             self.idle.append(connection)
             done.append(item)
         return done
@@ -98,9 +121,32 @@ def _work(connection, threads) -> None:
                 if function is None:
                     function, shared = pickle.loads(work)
                 function(*shared, item)
-            except Exception:
-                connection.send(traceback.format_exc())
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+                connection.send((_mistake(error), text, traceback.format_exc()))
             else:
                 connection.send(None)
     except (EOFError, BrokenPipeError):  # nobody is there any more
         return
+
+
+def _mistake(error: Exception) -> Exception | None:
+    """The error itself where it tells of a mistake and survives pickling, else None."""
+    if not isinstance(error, ValueError | TypeError | OSError):
+        return None
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception class of the user's may fail in any way
+        return None
+    return error
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, which a terminal sends to all at once: who started them ends them."""
+    resource_tracker.ensure_running()  # started later, it would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

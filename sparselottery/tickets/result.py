@@ -18,16 +18,21 @@ FIGURES = (
 )
 
 
-def interval(values: Sequence[float]) -> dict:
-    """Mean and the half width of its 95 % confidence interval (Student's t; None for a single value)."""
+def interval(values: Sequence[float], repeats: int = 1) -> dict:
+    """Mean and the half width of its 95 % confidence interval over the seeds (Student's t; None for a single seed).
+
+    values: `repeats` neighbours belong to one seed. They share its ticket, so they are no independent trials: the interval
+    is that of the seeds' means.
+    """
     values = [float(v) for v in values]
     mean = math.fsum(values) / len(values)
-    if len(values) < 2:
+    trials = [math.fsum(values[i : i + repeats]) / repeats for i in range(0, len(values), repeats)]
+    if len(trials) < 2:
         return {"mean": mean, "ci95": None, "values": values}
     from scipy.special import stdtrit  # comes with scikit-learn; only here, as it takes a while to import
 
-    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    half = float(stdtrit(len(values) - 1, 0.975)) * math.sqrt(variance / len(values))
+    variance = math.fsum((v - mean) ** 2 for v in trials) / (len(trials) - 1)
+    half = float(stdtrit(len(trials) - 1, 0.975)) * math.sqrt(variance / len(trials))
     return {"mean": mean, "ci95": half, "values": values}
 
 
@@ -41,17 +46,18 @@ def summary(store: Store, jobs: Sequence[Job]) -> dict:
         for kind in KINDS:
             histories = [History.from_json(o["history"]) for o in here if o["kind"] == kind]
             if histories:
-                entry[kind] = _figures(histories)
+                repeats = len({o["repeat"] for o in here if o["kind"] == kind})
+                entry[kind] = _figures(histories, repeats)
         levels.append(entry)
     level = found_level(levels)
     seeds = [job.seed for job in jobs if job.level == level and job.kind == "ticket"]
     return {"found": {"level": level, "seed": seeds[0], "density": levels[level]["density"]}, "levels": levels}
 
 
-def _figures(histories: Sequence[History]) -> dict:
-    """What was measured in every one of them."""
+def _figures(histories: Sequence[History], repeats: int) -> dict:
+    """What was measured in every one of them, seed by seed."""
     measured = {figure: [getattr(h, figure) for h in histories] for figure in FIGURES}
-    return {figure: interval(values) for figure, values in measured.items() if None not in values}
+    return {figure: interval(values, repeats) for figure, values in measured.items() if None not in values}
 
 
 def found_level(levels: Sequence[dict]) -> int:
@@ -92,7 +98,7 @@ class Result:
     @property
     def tickets(self) -> dict[tuple[int, int], Path]:
         """Every ticket's file by (level, seed)."""
-        store = Store(self.run)
+        store = Store(self.run, create=False)
         return {(level, seed): store.ticket(seed, level) for seed, level in self._tickets}
 
     def ticket(self, level: int | None = None, seed: int | None = None) -> Ticket:
@@ -117,7 +123,9 @@ class Result:
     def extend(self, **more) -> None:
         """Add keys to result.json (and to `to_json`), such as speed=..., and write the manifest anew."""
         self._summed = {**self._summed, **more}
-        Store(self.run).write_result(self._summed)
+        store = Store(self.run)
+        with store.lock():
+            store.write_result(self._summed)
 
     @classmethod
     def load(cls, folder) -> "Result":
@@ -126,7 +134,7 @@ class Result:
         Raises:
             ValueError: there is no finished run.
         """
-        summed = Store(folder).read("result.json")
+        summed = Store(folder, create=False).read("result.json")
         if summed is None:
             raise ValueError(f"{folder}: expected a finished run (no result.json there)")
         return cls(Path(folder), summed)

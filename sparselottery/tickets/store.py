@@ -6,11 +6,14 @@
     tickets/*.safetensors  the tickets by seed and level (level 0: all weights and the values to rewind to)
     metrics.jsonl      one line per evaluation of every finished job
     result.json        the levels, once all jobs are done
+    claims.json        of `sparselottery reproduce`: which claims of the paper hold
     manifest.json      SHA-256 of every file above
 
-Every file but metrics.jsonl is written to a temporary name, flushed to the disk and renamed, so it is whole or absent. A job
-is done when its file exists; what a killed process had begun is done again, to the same bits. metrics.jsonl grows by whole
-jobs and is written anew from them at the start and at the end, so a torn line does not last and none comes twice.
+Reports and figures stand beside them; they can be made again and are not in the manifest. Every file but metrics.jsonl is
+written to a temporary name, flushed to the disk and renamed, so it is whole or absent. A job is done when its file exists;
+what a killed process had begun is done again, to the same bits. metrics.jsonl grows by whole jobs and is written anew from
+them at the start and at the end, so a torn line does not last and none comes twice. Files of somebody else's in the folder
+are left alone: it may well be a home or a project.
 """
 
 import fcntl
@@ -22,10 +25,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .ticket import write_atomic
+from .ticket import TEMPORARY, write_atomic
 
 KINDS = ("ticket", "reinit", "random-mask", "shuffle")
 LOCK = ".lock"
+_OURS = ("config.json", "environment.json", "jobs/*.json", "tickets/*.safetensors", "metrics.jsonl", "result.json",
+         "claims.json")  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -55,10 +60,12 @@ def sha256(path: Path) -> str:
 
 
 class Store:
-    """Reads and writes a run folder (created if it is not there)."""
+    """Reads and writes a run folder; with `create` it is made if it is not there."""
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, create: bool = True):
         self.folder = Path(folder)
+        if not create:
+            return
         try:
             for name in ("jobs", "tickets"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -74,9 +81,10 @@ class Store:
             except BlockingIOError:
                 waiting()
                 fcntl.flock(file, fcntl.LOCK_EX)
-            for left in self.folder.rglob(".*"):  # temporary files of a process killed in the middle of a write
-                if left.name != LOCK and left.is_file():
-                    left.unlink(missing_ok=True)
+            for place in (self.folder, self.folder / "jobs", self.folder / "tickets"):
+                for left in place.glob(".*"):  # temporary files of a process killed in the middle of a write
+                    if TEMPORARY.fullmatch(left.name) and left.is_file():
+                        left.unlink(missing_ok=True)
             yield
 
     def claim(self, config: Mapping, environment: Mapping) -> None:
@@ -100,7 +108,10 @@ class Store:
         """A JSON file of the folder, None where there is none."""
         path = self.folder / name
         try:
-            return json.loads(path.read_text())
+            found = json.loads(path.read_text())
+            if not isinstance(found, dict):
+                raise ValueError(f"an object was expected, it holds {type(found).__name__}")
+            return found
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -113,7 +124,11 @@ class Store:
 
     def job(self, job: Job) -> dict | None:
         """What a finished job left, None if it is not done."""
-        return self.read(f"jobs/{job.name}.json")
+        found = self.read(f"jobs/{job.name}.json")
+        if found is not None and not ("density" in found and isinstance(found.get("history"), dict)):
+            path = self.folder / "jobs" / f"{job.name}.json"
+            raise ValueError(f"{path}: expected a finished job, got something else; delete it to have it made again")
+        return found
 
     def finish(self, job: Job, outcome: Mapping) -> None:
         """Mark a job as done. `outcome`: JSON with at least "density" and "history"."""
@@ -137,11 +152,9 @@ class Store:
         self.write_manifest()
 
     def write_manifest(self) -> None:
-        """SHA-256 of every file of the run; call it after adding one."""
+        """SHA-256 of every file of the run; call it after changing one."""
         files = sorted(
-            p
-            for p in self.folder.rglob("*")
-            if p.is_file() and not p.name.startswith(".") and p.name != "manifest.json"
+            p for name in _OURS for p in self.folder.glob(name) if p.is_file() and not p.name.startswith(".")
         )
         digests = {p.relative_to(self.folder).as_posix(): sha256(p) for p in files}
         write_atomic(self.folder / "manifest.json", to_json({"sha256": digests}))

@@ -76,8 +76,9 @@ class Trainer:
                 raise TypeError(f"{name}: expected an int, got {type(number).__name__}")
             if number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
-        if len(self.data["train"][0]) == 0:
-            raise ValueError("train: expected at least one example, got none")
+        for name, (x, _) in self.data.items():
+            if len(x) == 0:
+                raise ValueError(f"{name}: expected at least one example, got none")
         if not callable(optimizer) and optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: expected one of {sorted(OPTIMIZERS)} or a callable, got {optimizer!r}")
         if evaluate_test not in ("always", "improved"):
@@ -130,13 +131,13 @@ class Trainer:
         return torch.randperm(len(self.data["train"][0]), generator=generator)
 
     def evaluate(self, model: nn.Module, part: str = "test") -> tuple[float, float]:
-        """Mean loss and accuracy on "train", "validation" or "test"; the model's mode is kept."""
+        """Mean loss and accuracy on "train", "validation" or "test"; the mode of every module is kept."""
         if part not in self.data:
             raise ValueError(f"part: expected one of {sorted(self.data)}, got {part!r}")
         return self._evaluate(model, *_on(_device(model), self.data[part]))
 
     def _evaluate(self, model, x, y) -> tuple[float, float]:
-        training = model.training
+        training = {module: module.training for module in model.modules()}
         model.eval()
         with torch.no_grad():
             total = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -145,7 +146,8 @@ class Trainer:
                 output = model(xs)
                 total += self.loss(output, ys).double() * len(ys)
                 right += (output.argmax(-1) == ys).sum()
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
         return total.item() / len(y), right.item() / len(y)
 
     def __call__(
