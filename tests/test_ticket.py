@@ -1,6 +1,8 @@
 """Tickets: what they hold, the file and how it is damaged, applying them."""
 
 import copy
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -233,6 +235,52 @@ def test_truncated_foreign_and_missing_files(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         sl.Ticket.load(tmp_path / "nowhere")
+
+
+def forged(data, change):
+    """A ticket's file with other metadata, sealed with the SHA-256 that fits."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    about = change(json.loads(header["__metadata__"]["sparselottery"]) | {"sha256": "0" * 64})
+    header["__metadata__"]["sparselottery"] = json.dumps(about, separators=(",", ":"))
+    head = json.dumps(header, separators=(",", ":")).encode()
+    data = len(head).to_bytes(8, "little") + head + data[8 + size :]
+    start = data.index(b"0" * 64)
+    return data[:start] + hashlib.sha256(data).hexdigest().encode() + data[start + 64 :]
+
+
+FORGERIES = {
+    "three fields become two": lambda a: a | {"masks": [m[:2] for m in a["masks"]]},
+    "three fields become four": lambda a: a | {"masks": [[*m, 0] for m in a["masks"]]},
+    "masks a mapping": lambda a: a | {"masks": {m[0]: m[1:] for m in a["masks"]}},
+    "masks a number": lambda a: a | {"masks": 3},
+    "no masks": lambda a: a | {"masks": []},
+    "no initial": lambda a: {k: v for k, v in a.items() if k != "initial"},
+    "initial of one field": lambda a: a | {"initial": [i[:1] for i in a["initial"]]},
+    "a tensor that is not there": lambda a: a | {"masks": [[m[0], m[1], "mask.9"] for m in a["masks"]]},
+    "a tensor that is a list": lambda a: a | {"initial": [[i[0], [1]] for i in a["initial"]]},
+    "another shape": lambda a: a | {"masks": [[m[0], [7, 7], m[2]] for m in a["masks"]]},
+    "a negative shape": lambda a: a | {"masks": [[m[0], [-1, 3], m[2]] for m in a["masks"]]},
+    "a huge shape": lambda a: a | {"masks": [[m[0], [2**70], m[2]] for m in a["masks"]]},
+    "a shape of words": lambda a: a | {"masks": [[m[0], "ab", m[2]] for m in a["masks"]]},
+    "names that are numbers": lambda a: a | {"masks": [[3, *m[1:]] for m in a["masks"] if m[0] == "3"]},
+    "weights for masks": lambda a: a | {"masks": [[m[0], m[1], "initial.3.weight"] for m in a["masks"]]},
+    "another format": lambda a: a | {"format": 2},
+    "no format": lambda a: {"sha256": a["sha256"]},
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_sealed_files_of_another_structure(tmp_path, forgery):
+    path, broken = tmp_path / "t", tmp_path / "broken"
+    sl.Ticket.of(*pruned()).save(path)
+    data = path.read_bytes()
+    broken.write_bytes(forged(data, lambda about: about))
+    same(sl.Ticket.load(broken), sl.Ticket.load(path))
+    broken.write_bytes(forged(data, FORGERIES[forgery]))
+    with pytest.raises(sl.TicketError, match=r"broken: (?!damaged)") as caught:
+        sl.Ticket.load(broken)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

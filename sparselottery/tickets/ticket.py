@@ -10,6 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..masks import Mask
@@ -190,12 +191,26 @@ class Ticket:
         blank = data[:start] + b"0" * 64 + data[end:]
         if hashlib.sha256(blank).hexdigest().encode() != data[start:end]:
             raise TicketError(f"{path}: damaged (its SHA-256 does not fit its content)")
+        try:
+            return cls._parse(data)
+        except TicketError as error:
+            raise TicketError(f"{path}: {error}") from None
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise TicketError(f"{path}: undamaged, but not what a ticket of format {FORMAT} holds ({what})") from error
+
+    @classmethod
+    def _parse(cls, data: bytes) -> "Ticket":
+        """The ticket in a file's content; any exception where that has another structure than `save` gives it."""
         about = json.loads(
             json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["sparselottery"]
         )
         if about["format"] != FORMAT:
-            raise TicketError(f"{path}: a ticket of format {about['format']}, this version reads format {FORMAT}")
+            raise TicketError(f"a ticket of format {about['format']}, this version reads format {FORMAT}")
         tensors = safetensors.torch.load(data)
+        for name in [entry[0] for entry in about["masks"] + about["initial"]]:
+            if not isinstance(name, str):
+                raise TypeError(f"expected names, got {name!r}")
         masks = {name: Mask(tensors[stored], shape) for name, shape, stored in about["masks"]}
         return cls(masks, {key: tensors[stored] for key, stored in about["initial"]})
 
