@@ -4,13 +4,17 @@ Importing this module never fails for want of a compiler, of Triton or of a GPU.
 torch that is too old.
 """
 
+import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch  # before _C: the extension's OpenMP symbols bind to the pool torch brings
@@ -52,11 +56,30 @@ def extension():
 
 
 def cache_dir() -> Path:
-    """Where measurements are kept between runs: $SPARSELOTTERY_CACHE, else the user's cache folder."""
+    """Where measurements are kept between runs: $SPARSELOTTERY_CACHE, else the user's cache folder.
+
+    Where there is no home to find it in: a folder of this user's among the temporary files.
+    """
     chosen = os.environ.get("SPARSELOTTERY_CACHE")
-    return (
-        Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sparselottery"
-    )
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sparselottery"
+    except RuntimeError:  # no HOME and a user id without an entry in passwd, as in many a container
+        return _temporary_dir()
+
+
+@functools.cache
+def _temporary_dir() -> Path:
+    path = Path(tempfile.gettempdir()) / f"sparselottery-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        path.mkdir(mode=0o700)
+    try:
+        about = path.lstat()
+        own = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
+    except OSError:
+        own = False
+    return path if own else Path(tempfile.mkdtemp(prefix="sparselottery-"))  # anybody can take a name there first
 
 
 def package_version(name: str) -> str | None:

@@ -1,6 +1,9 @@
 """`sparselottery env`: what is there, what is missing and why."""
 
 import json
+import os
+import pwd
+import tempfile
 import types
 
 import pytest
@@ -69,6 +72,36 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("SPARSELOTTERY_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert _ext.cache_dir() == tmp_path / "xdg" / "sparselottery"
+
+
+def test_cache_dir_expands_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SPARSELOTTERY_CACHE", "~/x")
+    assert _ext.cache_dir() == tmp_path / "x"
+
+
+@pytest.mark.parametrize("chosen", ["", "~/x"])
+@pytest.mark.parametrize("taken", ["no", "by somebody's link"])
+def test_cache_dir_without_a_home_is_a_private_temporary_one(monkeypatch, tmp_path, chosen, taken):
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SPARSELOTTERY_CACHE", chosen)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    expected = tmp_path / f"sparselottery-{os.getuid()}"
+    if taken != "no":
+        (tmp_path / "elsewhere").mkdir()
+        expected.symlink_to(tmp_path / "elsewhere")
+    _ext._temporary_dir.cache_clear()
+    try:
+        path = _ext.cache_dir()
+        assert path == _ext.cache_dir() and path.parent == tmp_path and (path == expected) == (taken == "no")
+        assert path.is_dir() and not path.is_symlink() and path.stat().st_mode & 0o77 == 0
+    finally:
+        _ext._temporary_dir.cache_clear()
 
 
 @pytest.mark.parametrize("version", ["2.5.1+cu121", "1.13.0", "2.5.0a0+git123"])
