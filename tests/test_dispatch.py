@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+import sparselottery as sl
 from sparselottery import _ext
 from sparselottery.ops import dispatch, reference
 from sparselottery.ops import masked_linear as op
@@ -72,6 +73,44 @@ def test_the_environment_forces(monkeypatch):
     monkeypatch.setenv("SPARSELOTTERY_BACKEND", "triton")
     with pytest.raises(ValueError, match=r"SPARSELOTTERY_BACKEND=triton: test_op .* can run on: dense, cpu"):
         choose({"dense": refuse, "cpu": refuse})
+
+
+def test_an_unknown_backend_is_one_error_everywhere(monkeypatch):
+    layer, convolution = sl.MaskedLinear(80, 80), sl.MaskedConv2d(32, 32, 3)
+    for masked in (layer, convolution):
+        sl.prune(masked, density=0.5)
+    param = torch.nn.Parameter(torch.ones(5))
+    calls = [
+        lambda: dispatch.lookup("test_op", KEY),
+        lambda: dispatch.lookup("test_op", None),
+        lambda: choose({"dense": refuse}),
+        lambda: dispatch.decided("test_op", KEY, refuse),
+        lambda: layer(torch.ones(4, 80)),
+        lambda: convolution(torch.ones(2, 32, 5, 5)),
+        lambda: sl.global_topk([torch.ones(5)], 2),
+        lambda: sl.prune(layer, density=0.2),
+        lambda: sl.explain(layer),
+    ]
+    for make in (sl.optim.SGD, sl.optim.Adam):
+        param.grad = torch.ones(5)
+        calls.append(make([param], lr=0.1).step)
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", "bogus")
+    says = "^SPARSELOTTERY_BACKEND=bogus: expected one of dense, cpu, triton, cuda, reference$"
+    for call in calls:
+        with pytest.raises(ValueError, match=says):
+            call()
+    assert layer.density == 0.5
+
+
+@pytest.mark.parametrize("name", dispatch.BACKENDS)
+def test_ops_that_are_no_layers_ignore_a_backend_they_lack(monkeypatch, name):
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", name)
+    (mask,), _ = sl.global_topk([torch.arange(5.0)], 2)
+    assert mask.to_dense().tolist() == [False, False, False, True, True]
+    param = torch.nn.Parameter(torch.ones(5))
+    param.grad = torch.ones(5)
+    sl.optim.SGD([param], lr=0.5).step()
+    assert param.tolist() == [0.5] * 5
 
 
 def test_reproducible_uses_the_rule_and_no_stopwatch():

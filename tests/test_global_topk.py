@@ -4,13 +4,14 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparselottery as sl
-from sparselottery import _ext
+from sparselottery import Mask, _ext
 from sparselottery.ops import bitmask, reference
 from sparselottery.ops.global_topk import global_topk
 
@@ -270,6 +271,14 @@ def test_nan_is_named(count, keep):
         ({"tensors": [torch.ones(2, 3).to_sparse()]}, ValueError, r"tensors\[0\]: expected a dense"),
         ({"by": "size"}, ValueError, "by: expected 'magnitude' or 'value'"),
         ({"names": []}, ValueError, "names: expected 1"),
+        ({"names": 5}, TypeError, "names: expected a list, got int"),
+        ({"tensors": 5}, TypeError, "tensors: expected a list of tensors, got int"),
+        ({"eligible": 5}, TypeError, "eligible: expected None or a list with one entry per tensor, got int"),
+        ({"eligible": Mask.ones((2, 3))}, TypeError, "eligible: expected None or a list .* got Mask"),
+        ({"eligible": torch.ones(1, 2, 3).bool()}, TypeError, "eligible: expected None or a list .* got a tensor"),
+        ({"keep": np.float64(2)}, TypeError, "keep: expected an int, got float64"),
+        ({"keep": torch.tensor(2.0)}, TypeError, "keep: expected an int, got Tensor"),
+        ({"keep": np.int64(2)}, None, ""),
     ],
 )
 def test_bad_input_names_the_argument(arguments, error, says):

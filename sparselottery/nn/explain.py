@@ -1,6 +1,5 @@
 """explain: for every layer what it keeps, which backend runs it, and the measurements that say so."""
 
-import os
 from dataclasses import dataclass, field
 
 import torch
@@ -75,6 +74,7 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises:
         TypeError: `model` is not a module.
+        ValueError: `SPARSELOTTERY_BACKEND` names no backend.
     """
     reasons = left_dense(model)  # raises for what is not a module
     measured = dispatch.table()
@@ -84,7 +84,7 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_masked_row(name, module, measured))
         elif isinstance(module, (nn.Linear, nn.Conv2d)) or name in reasons:
             rows.append(_plain_row(name, module, reasons.get(name, "not masked: sparsify or prune changes that")))
-    return Explanation(rows, os.environ.get("SPARSELOTTERY_BACKEND") or None)
+    return Explanation(rows, dispatch.forced())
 
 
 def _plain_row(name, module, reason):

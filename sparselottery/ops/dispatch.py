@@ -3,7 +3,8 @@
 A key is a tuple `(direction, shape, dtype, density bucket, batch bucket, threads, device, *extra)`: whatever changes which
 backend is fastest, rounded so that near calls share one measurement. The decision, in this order:
 
-1. `SPARSELOTTERY_BACKEND` (dense, cpu, triton, cuda, reference) forces one; an error where the call cannot run it.
+1. `SPARSELOTTERY_BACKEND` (dense, cpu, triton, cuda, reference) forces one; an error where the call cannot run it. The
+   ops that are not layers (global_topk, the optimizers') ignore a backend they lack; no op accepts an unknown name.
 2. Inside `with reproducible():` the op's own fixed rule decides. No stopwatch, so a rerun takes the same path bit for bit.
 3. A measurement already in memory, or in the JSON file of this machine under `SPARSELOTTERY_CACHE` (default
    `~/.cache/sparselottery`).
@@ -87,12 +88,26 @@ def is_reproducible() -> bool:
     return _reproducible > 0
 
 
+def forced() -> str | None:
+    """The backend that `SPARSELOTTERY_BACKEND` names, None where it is unset or empty.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    name = os.environ.get("SPARSELOTTERY_BACKEND")
+    if not name:
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"SPARSELOTTERY_BACKEND={name}: expected one of {', '.join(BACKENDS)}")
+    return name
+
+
 def lookup(op: str, key: Hashable | None) -> str | None:
     """The cached decision; None when there is none, or where the environment or `reproducible()` has a say: then `choose`.
 
     A key of None says that only dense can win: "dense", unless the environment has a say.
     """
-    if os.environ.get("SPARSELOTTERY_BACKEND"):
+    if forced():
         return None
     if key is None:
         return "dense"
@@ -109,7 +124,7 @@ def state() -> tuple:
 
 def decided(op: str, key: Hashable, rule: Callable[[], str]) -> str | None:
     """What `choose` is certain to answer without running anything, else None. `key` None: only dense can win."""
-    if os.environ.get("SPARSELOTTERY_BACKEND"):
+    if forced():
         return None
     if key is None:
         return "dense"
@@ -127,14 +142,14 @@ def choose(op: str, key: tuple, candidates: dict[str, Callable[[], object]], *, 
         rule: the fixed choice for `reproducible()`: a function of the key and the machine's instruction set only.
 
     Raises:
-        ValueError: `SPARSELOTTERY_BACKEND` names something this call cannot run.
+        ValueError: `SPARSELOTTERY_BACKEND` names no backend, or one that cannot run this call.
     """
-    forced = os.environ.get("SPARSELOTTERY_BACKEND")
-    if forced:
-        if forced not in candidates:
+    wish = forced()
+    if wish:
+        if wish not in candidates:
             possible = ", ".join(name for name in BACKENDS if name in candidates)
-            raise ValueError(f"SPARSELOTTERY_BACKEND={forced}: {op} for {_words(key)} can run on: {possible}")
-        return forced
+            raise ValueError(f"SPARSELOTTERY_BACKEND={wish}: {op} for {_words(key)} can run on: {possible}")
+        return wish
     if _reproducible:
         name = rule()
         return name if name in candidates else "dense"

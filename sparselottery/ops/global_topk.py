@@ -4,14 +4,15 @@ Ties go to the lowest flat index in list order, -0 equals +0, infinities are ord
 cpu (csrc/cpu/global_topk.cpp), cuda, triton.
 """
 
-import os
+import operator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from .. import _ext, kernels, masks
 from .._ext import DTYPE_CODES, extension
-from . import bitmask, reference
+from . import bitmask, dispatch, reference
 from .bitmask import rows_and_strides, words_shape
 from .library import LIBRARY
 
@@ -48,8 +49,8 @@ def global_topk(
     """
     if isinstance(tensors, Tensor):
         raise TypeError("tensors: expected a list of tensors, got a tensor")
-    tensors = list(tensors)
-    names = [f"tensors[{i}]" for i in range(len(tensors))] if names is None else list(names)
+    tensors = _listed("tensors", "a list of tensors", tensors)
+    names = [f"tensors[{i}]" for i in range(len(tensors))] if names is None else _listed("names", "a list", names)
     if len(names) != len(tensors):
         raise ValueError(f"names: expected {len(tensors)}, one per tensor, got {len(names)}")
     for name, t in zip(names, tensors, strict=True):
@@ -62,8 +63,12 @@ def global_topk(
         if t.device != tensors[0].device:
             raise ValueError(f"{name}: expected device {tensors[0].device} like the first tensor, got {t.device}")
     words, allowed = _eligible_words(tensors, eligible)
-    if isinstance(keep, bool) or not isinstance(keep, int):
-        raise TypeError(f"keep: expected an int, got {type(keep).__name__}")
+    if isinstance(keep, bool):
+        raise TypeError("keep: expected an int, got bool")
+    try:
+        keep = operator.index(keep)  # numpy's integers too
+    except TypeError:
+        raise TypeError(f"keep: expected an int, got {type(keep).__name__}") from None
     if not 0 <= keep <= allowed:
         raise ValueError(f"keep: expected 0 to {allowed} (the number of eligible weights), got {keep}")
     if by not in ("magnitude", "value"):
@@ -75,11 +80,19 @@ def global_topk(
     return [masks.Mask._trusted(w, t.shape) for w, t in zip(kept, tensors, strict=True)], float(threshold)
 
 
+def _listed(name, expected, values) -> list:
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected {expected}, got {type(values).__name__}")
+    return list(values)
+
+
 def _eligible_words(tensors, eligible) -> tuple[list, int]:
     """(words or None per tensor, how many weights are eligible)."""
     if eligible is None:
         return [None] * len(tensors), sum(t.numel() for t in tensors)
-    eligible = list(eligible)
+    if isinstance(eligible, Tensor):
+        raise TypeError("eligible: expected None or a list with one entry per tensor, got a tensor")
+    eligible = _listed("eligible", "None or a list with one entry per tensor", eligible)
     if len(eligible) != len(tensors):
         raise ValueError(f"eligible: expected {len(tensors)} entries, one per tensor, got {len(eligible)}")
     words, counts, allowed = [], [], 0
@@ -162,12 +175,16 @@ def _triton(tensors, keep, eligible, by_value):
 def backend_of(device: torch.device) -> str:
     """Which backend ranks tensors of this device: "cpu", "cuda", "triton" or "reference".
 
-    On a GPU the first of CUDA C++, Triton and plain torch that is there; SPARSELOTTERY_BACKEND may name another.
+    On a GPU the first of CUDA C++, Triton and plain torch that is there; SPARSELOTTERY_BACKEND may name another. The name
+    of a backend that is not there, or that this op or device lacks (dense), is ignored.
+
+    Raises:
+        ValueError: SPARSELOTTERY_BACKEND names no backend at all.
     """
+    forced = dispatch.forced()
     if device.type != "cuda":
         return "cpu" if device.type == "cpu" else "reference"
     there = {"cuda": hasattr(_ext._C, "cuda_global_topk"), "triton": kernels.AVAILABLE, "reference": True}
-    forced = os.environ.get("SPARSELOTTERY_BACKEND")
     if there.get(forced):
         return forced
     return next(name for name, is_there in there.items() if is_there)

@@ -8,14 +8,13 @@ Backends: cpu (C++; float32 and float64), triton (CUDA tensors but float64), ref
 """
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _ext, kernels
-from . import reference
+from . import dispatch, reference
 from .library import LIBRARY
 
 _SGD = (
@@ -157,8 +156,14 @@ _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def backend_of(param: Tensor) -> str:
-    """Which backend steps a parameter: "cpu", "triton" or "reference" (forced by SPARSELOTTERY_BACKEND=reference)."""
-    if os.environ.get("SPARSELOTTERY_BACKEND") == "reference":
+    """Which backend steps a parameter: "cpu", "triton" or "reference".
+
+    SPARSELOTTERY_BACKEND=reference forces the last; the other backends' names are ignored here.
+
+    Raises:
+        ValueError: SPARSELOTTERY_BACKEND names no backend at all.
+    """
+    if dispatch.forced() == "reference":
         return "reference"
     if param.device.type == "cpu" and param.dtype in _CPU_DTYPES and _ext._C is not None:
         return "cpu"
