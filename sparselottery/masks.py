@@ -26,7 +26,7 @@ class Mask:
     __hash__ = None  # equal by content, so identity would be a wrong hash and content a slow one
 
     def __init__(self, words: Tensor, shape):
-        shape = torch.Size(shape)
+        shape = _size(shape)
         bitmask.check_words(words, shape)
         tail = bitmask.rows_columns(shape)[1] % 32
         if tail and bool((words[:, -1] & -(1 << tail)).any()):
@@ -48,11 +48,13 @@ class Mask:
     @classmethod
     def ones(cls, shape, device=None) -> "Mask":
         """Keeps everything."""
+        shape = _size(shape)
         return cls._trusted(bitmask.full_words(shape, True, device), shape)
 
     @classmethod
     def zeros(cls, shape, device=None) -> "Mask":
         """Keeps nothing."""
+        shape = _size(shape)
         return cls._trusted(bitmask.full_words(shape, False, device), shape)
 
     def to_dense(self) -> Tensor:
@@ -140,6 +142,16 @@ class Mask:
             raise ValueError(f"other: expected a mask of shape {list(self._shape)}, got {list(other._shape)}")
         if other.device != self.device:
             raise ValueError(f"other: expected a mask on {self.device}, got {other.device}")
+
+
+def _size(shape) -> torch.Size:
+    try:
+        shape = torch.Size(shape)
+    except TypeError:
+        raise TypeError(f"shape: expected a sequence of ints, got {shape!r}") from None
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape: expected sizes of at least 0, got {list(shape)}")
+    return shape
 
 
 # Which layer masks a parameter. Weak on both sides: neither a parameter nor a layer is kept alive by having been

@@ -17,6 +17,15 @@ __all__ = ["SGD", "Adam", "AdamW"]
 _ONE = torch.tensor(1.0)
 
 
+def _check_number(name, value):
+    try:
+        fits = float(value) >= 0
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number of at least 0, got {value!r}") from None
+    if not fits:
+        raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+
+
 class _Plan:
     """The lists of one step of one param group, and what must not have changed for them to serve the next one."""
 
@@ -83,8 +92,7 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr: expected a number or a tensor of one element, got {list(lr.shape)}")
         for name in ("lr", "weight_decay"):
-            if not float(defaults[name]) >= 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {defaults[name]}")
+            _check_number(name, defaults[name])
         for name in ("capturable", "differentiable"):
             if defaults.get(name):
                 raise ValueError(
@@ -170,15 +178,14 @@ class SGD(_MaskedOptimizer):
     over all tensors. State and checkpoints are torch.optim.SGD's too.
 
     Raises:
-        ValueError: a value out of range; `differentiable=True`.
+        TypeError, ValueError: a value of the wrong kind or out of range; `differentiable=True`.
     """
 
     def __init__(
         self, params, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=False, *,
         maximize=False, foreach=None, differentiable=False, fused=None,
     ):  # fmt: skip
-        if not momentum >= 0:
-            raise ValueError(f"momentum: expected a number of at least 0, got {momentum}")
+        _check_number("momentum", momentum)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov: expected momentum > 0 and dampening 0")
         defaults = {
@@ -210,18 +217,20 @@ class Adam(_MaskedOptimizer):
     over all tensors. State and checkpoints are torch.optim.Adam's too.
 
     Raises:
-        ValueError: a value out of range; `capturable=True` or `differentiable=True`.
+        TypeError, ValueError: a value of the wrong kind or out of range; `capturable=True` or `differentiable=True`.
     """
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False, *, foreach=None,
         maximize=False, capturable=False, differentiable=False, fused=None, decoupled_weight_decay=False,
     ):  # fmt: skip
-        betas = tuple(float(b) for b in betas)
+        try:
+            betas = tuple(float(b) for b in betas)
+        except (TypeError, ValueError):
+            raise TypeError(f"betas: expected two numbers from 0 to below 1, got {betas!r}") from None
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"betas: expected two numbers from 0 to below 1, got {betas}")
-        if not eps >= 0:
-            raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+        _check_number("eps", eps)
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable,

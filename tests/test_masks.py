@@ -74,6 +74,11 @@ def test_repr_and_other_types():
         (lambda m: Mask(m.words | 256, (3, 40)), ValueError, "words: expected zero padding bits"),
         (lambda m: Mask(m.words | -(2**31), (3, 63)), ValueError, "words: expected zero padding bits"),
         (lambda m: Mask.from_dense(torch.ones(3)), TypeError, "dense: expected torch.bool"),
+        (lambda m: Mask.ones((2, -1)), ValueError, r"shape: expected sizes of at least 0, got \[2, -1\]"),
+        (lambda m: Mask.zeros((-2, 3)), ValueError, r"shape: expected sizes of at least 0, got \[-2, 3\]"),
+        (lambda m: Mask(m.words[:, :0], (3, -1)), ValueError, "shape: expected sizes of at least 0"),
+        (lambda m: Mask.ones(5), TypeError, "shape: expected a sequence of ints, got 5"),
+        (lambda m: Mask.zeros((2, 1.5)), TypeError, r"shape: expected a sequence of ints, got \(2, 1.5\)"),
     ],
 )
 def test_bad_input_names_the_argument(call, error, says):

@@ -94,6 +94,7 @@ def test_exclude(exclude, left):
     [
         (lambda: sl.sparsify(network(), exclude="fc"), ValueError, "exclude: no module is called 'fc'"),
         (lambda: sl.sparsify(network(), exclude=[3]), TypeError, "exclude: expected names or classes, got int"),
+        (lambda: sl.sparsify(network(), exclude=5), TypeError, "exclude: expected names or classes, got int"),
         (lambda: sl.sparsify([nn.Linear(2, 2)]), TypeError, "model: expected an nn.Module, got list"),
         (lambda: sl.densify({}), TypeError, "model: expected an nn.Module, got dict"),
         (lambda: sl.from_torch_prune(network()), ValueError, "model: expected layers pruned by torch.nn.utils.prune"),

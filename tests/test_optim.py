@@ -370,6 +370,22 @@ def test_bad_arguments_are_named(make, says):
         make([nn.Parameter(torch.ones(2))])
 
 
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda p: optim.Adam(p, betas=5), "betas: expected two numbers from 0 to below 1, got 5"),
+        (lambda p: optim.AdamW(p, betas=("a", "b")), "betas: expected two numbers"),
+        (lambda p: optim.Adam(p, eps=None), "eps: expected a number of at least 0, got None"),
+        (lambda p: optim.SGD(p, lr="fast"), "lr: expected a number of at least 0, got 'fast'"),
+        (lambda p: optim.SGD(p, momentum=[0.9]), "momentum: expected a number of at least 0"),
+        (lambda p: optim.SGD(p, weight_decay=None), "weight_decay: expected a number of at least 0"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(make, says):
+    with pytest.raises(TypeError, match=says):
+        make([nn.Parameter(torch.ones(2))])
+
+
 def test_sparse_gradients_and_complex_parameters_are_refused():
     embedding = nn.Embedding(5, 3, sparse=True)
     optimizer = optim.SGD(embedding.parameters(), lr=0.1)

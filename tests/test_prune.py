@@ -276,6 +276,7 @@ BAD = [
     (dict(density={"9": 0.5}), ValueError, "density: no prunable layer is called '9'"),
     (dict(density={"0": 2}), ValueError, "density['0']: expected a number from 0 to 1, got 2"),
     (dict(density=0.5, exclude=nn.Linear), ValueError, "model: expected a linear or convolutional layer"),
+    (dict(density=0.5, exclude=5), TypeError, "exclude: expected names or classes, got int"),
     (dict(density=0.5, optimizer=[]), TypeError, "optimizer: expected a torch.optim.Optimizer, got list"),
 ]
 

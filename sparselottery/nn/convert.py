@@ -164,7 +164,10 @@ def excluded_names(model: nn.Module, exclude: Exclude) -> set[str]:
         TypeError: an entry is neither a name nor a class.
         ValueError: a name or pattern fits no module of the model.
     """
-    exclude = (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude)
+    if isinstance(exclude, (str, type)):
+        exclude = (exclude,)
+    elif not isinstance(exclude, Iterable):
+        raise TypeError(f"exclude: expected names or classes, got {type(exclude).__name__}")
     names = set()
     for item in exclude:
         if not isinstance(item, (str, type)):
