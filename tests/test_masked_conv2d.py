@@ -1,5 +1,6 @@
 """masked_conv2d: parity with float64, gradients, layouts, registration, bad input."""
 
+import inspect
 import re
 
 import pytest
@@ -259,6 +260,35 @@ def test_gradcheck(case, use):
         assert torch.autograd.gradgradcheck(lambda x, w, b: masked_conv2d(x, w, words, b, *arguments), [x, w, b])
 
 
+def test_transforms_of_torch_func(use):
+    use("dense")
+    (x, w, words, b), arguments, keep = sample("3x3", torch.float64)
+
+    def loss(w, x):
+        return masked_conv2d(x[None], w, words, b, *arguments).square().sum()
+
+    per_image = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(w, x)
+    again = [torch.func.grad(lambda w, x=x: (F.conv2d(x[None], w * keep, b, *arguments) ** 2).sum())(w) for x in x]
+    torch.testing.assert_close(per_image, torch.stack(again))
+    direction = torch.randn(w.shape, dtype=torch.float64)
+    second = torch.func.grad(lambda w: (torch.func.grad(loss)(w, x[0]) * direction).sum())(w)
+    v = w.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(v, x[0]), v, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad((first * direction).sum(), v)[0])
+
+
+def test_a_call_does_not_inspect_signatures(monkeypatch, use):
+    use("dense")
+    (x, w, words, b), arguments, _ = sample("3x3")
+
+    def inspected(*_, **__):
+        raise AssertionError("autograd.Function.apply looks at forward's signature where setup_context stands apart")
+
+    monkeypatch.setattr(inspect, "signature", inspected)
+    y = masked_conv2d(x, w.requires_grad_(), words, b, *arguments)
+    assert y.grad_fn is not None
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_gradients_asked_for(backend, use):
     use(backend)
@@ -379,6 +409,8 @@ def test_compiles_without_a_graph_break(memory_format, use):
         ({"padding": "full"}, ValueError, 'padding: expected an int, a pair of ints, "same" or "valid"'),
         ({"padding": "same", "stride": 2}, ValueError, 'padding: "same" needs stride 1'),
         ({"dilation": (1, 0)}, ValueError, "dilation: expected at least 1"),
+        ({"x": None}, TypeError, "x: expected a tensor, got NoneType"),
+        ({"words": [1]}, TypeError, "words: expected a tensor, got list"),
         ({"groups": 4}, ValueError, "groups: expected a divisor of the 6 output channels, got 4"),
     ],
 )

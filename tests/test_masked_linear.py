@@ -159,6 +159,10 @@ def test_autocast_follows_linear():
         ({"weight": torch.ones(6, 9, dtype=torch.float16)}, TypeError, "weight: expected torch.float32"),
         ({"weight": torch.ones(6, 9, 1)}, ValueError, "weight: expected [out_features, in_features]"),
         ({"weight": torch.ones(6, 9, device="meta")}, ValueError, "weight: expected device cpu"),
+        ({"x": [1, 2]}, TypeError, "x: expected a tensor, got list"),
+        ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
+        ({"words": 3}, TypeError, "words: expected a tensor, got int"),
+        ({"bias": 0.5}, TypeError, "bias: expected a tensor, got float"),
     ],
 )
 def test_bad_input_names_the_argument(change, error, says):

@@ -8,14 +8,12 @@ A weight off the mask counts as +0 whatever it holds, NaN and inf too. Where x o
 backends leave out products with dead weights that a dense one turns into NaN.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
 from .. import _ext
 from . import bitmask, derived, dispatch, reference
-from .library import LIBRARY
+from .library import LIBRARY, check_tensors, is_plain
 
 OP = "masked_conv2d"
 _ARGUMENTS = "int[2] stride, int[2] padding, int[2] dilation, int groups, bool premasked"
@@ -164,7 +162,7 @@ def runs_dense(x, weight, words, stride, padding, dilation, groups, wanted) -> b
     if x.ndim != 4 or x.dtype is not weight.dtype or x.device != weight.device or isinstance(padding, str):
         return False
     if (not x.is_cuda and not _cpu_can(x, weight)) or _density(words, weight) > _WORTH_TRYING:
-        return not os.environ.get("SPARSELOTTERY_BACKEND")
+        return dispatch.forced() is None
     arguments = stride, padding, dilation, groups
 
     def dense(direction, *extra):
@@ -232,7 +230,7 @@ def _backward(grad, x, weight, words, stride, padding, dilation, groups, premask
 
 def _wanted(backend, words, weight):
     """Whether a sparse backend has a chance here, or is asked for by name."""
-    return _density(words, weight) <= _WORTH_TRYING or os.environ.get("SPARSELOTTERY_BACKEND") == backend
+    return _density(words, weight) <= _WORTH_TRYING or dispatch.forced() == backend
 
 
 def _format(*tensors):
@@ -269,6 +267,30 @@ def _output_shape(x, weight, stride, padding, dilation):
 
 
 class _MaskedConv2d(torch.autograd.Function):
+    # forward takes ctx: with a setup_context apart, `apply` inspects forward's signature on each call (20 us).
+    @staticmethod
+    def forward(ctx, x, weight, words, bias, stride, padding, dilation, groups, premasked):
+        ctx.arguments = stride, padding, dilation, groups, premasked
+        ctx.save_for_backward(x, weight, words)
+        op = _forward if is_plain(x, weight) else torch.ops.sparselottery.masked_conv2d
+        return op(x, weight, words, bias, stride, padding, dilation, groups, premasked)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, words = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+        if torch.is_grad_enabled():  # create_graph=True: the same in differentiable torch
+            gradients = reference.masked_conv2d_backward(grad, x, weight, words, *ctx.arguments[:4])
+        else:
+            op = _backward if is_plain(grad, weight) else torch.ops.sparselottery.masked_conv2d_backward
+            gradients = op(grad, x, weight, words, *ctx.arguments, wanted)
+        dx, dw, db = (g if asked else None for g, asked in zip(gradients, wanted, strict=True))
+        return dx, dw, None, db, None, None, None, None, None
+
+
+class _TransformedConv2d(_MaskedConv2d):
+    """The form that torch.func's transforms (grad, vmap, ...) ask for."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -281,17 +303,6 @@ class _MaskedConv2d(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, weight, words, _, *ctx.arguments = inputs
         ctx.save_for_backward(x, weight, words)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, words = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        if torch.is_grad_enabled():  # create_graph=True: the same in differentiable torch
-            gradients = reference.masked_conv2d_backward(grad, x, weight, words, *ctx.arguments[:4])
-        else:
-            gradients = torch.ops.sparselottery.masked_conv2d_backward(grad, x, weight, words, *ctx.arguments, wanted)
-        dx, dw, db = (g if asked else None for g, asked in zip(gradients, wanted, strict=True))
-        return dx, dw, None, db, None, None, None, None, None
 
 
 # ---- the public function ----
@@ -328,9 +339,10 @@ def masked_conv2d(
         `weight` is zero wherever the mask is. Under autocast `x`, `weight` and `bias` are cast as for conv2d.
 
     Raises:
-        TypeError: a dtype that is not floating point, or that differs between arguments.
+        TypeError: not a tensor; a dtype that is not floating point, or that differs between arguments.
         ValueError: a shape, a device or a number that does not fit; the message names the argument.
     """
+    check_tensors(x, weight, words, bias)
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, words, bias, groups)
@@ -346,7 +358,8 @@ def masked_conv2d(
     arguments = (x, weight, words, bias, stride, padding, dilation, groups, premasked)
     differentiable = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
-        y = _MaskedConv2d.apply(*arguments)
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        y = (_TransformedConv2d if transformed else _MaskedConv2d).apply(*arguments)
     else:
         y = torch.ops.sparselottery.masked_conv2d(*arguments)
     return y.squeeze(0) if unbatched else y

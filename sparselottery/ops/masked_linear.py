@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .. import _ext
 from . import bitmask, dispatch, reference
-from .library import LIBRARY, is_plain
+from .library import LIBRARY, check_tensors, is_plain
 
 OP = "masked_linear"
 
@@ -279,7 +279,7 @@ def _choose(direction, key, candidates):
     if key is None:  # forced by the environment
         key = (direction,)
     elif key[6] == "cpu":  # Triton's interpreter is for tests: it runs when it is asked for, not in a measurement
-        measurable = {n: c for n, c in candidates.items() if n != "triton" or os.environ.get("SPARSELOTTERY_BACKEND")}
+        measurable = {n: c for n, c in candidates.items() if n != "triton" or dispatch.forced()}
     return dispatch.choose(OP, key, measurable, rule=lambda: _rule(key))
 
 
@@ -374,10 +374,6 @@ def _(grad, x, weight, words, premasked, output_mask):
     return tuple(grad.new_empty(s if wanted else (0,)) for s, wanted in zip(shapes, output_mask, strict=True))
 
 
-def _is_plain(x, weight):
-    return type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter) and is_plain()
-
-
 class _MaskedLinear(torch.autograd.Function):
     # forward takes ctx: with a setup_context apart, `apply` inspects forward's signature on each call (20 of 28 us).
     @staticmethod
@@ -385,7 +381,7 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.premasked = premasked
         # As F.linear does, keep x only where dW will be asked for.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), weight, words)
-        op = _forward if _is_plain(x, weight) else torch.ops.sparselottery.masked_linear  # the dispatcher costs 7 us
+        op = _forward if is_plain(x, weight) else torch.ops.sparselottery.masked_linear  # the dispatcher costs 7 us
         return op(x, weight, words, bias, premasked)
 
     @staticmethod
@@ -395,7 +391,7 @@ class _MaskedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the same in differentiable torch
             dx, dw, db = _differentiable_backward(grad, x, weight, words, wanted)
         else:
-            op = _backward if _is_plain(grad, weight) else torch.ops.sparselottery.masked_linear_backward
+            op = _backward if is_plain(grad, weight) else torch.ops.sparselottery.masked_linear_backward
             gradients = op(grad, x, weight, words, ctx.premasked, wanted)
             dx, dw, db = (g if asked else None for g, asked in zip(gradients, wanted, strict=True))
         return dx, dw, None, db, None
@@ -439,9 +435,10 @@ def masked_linear(
         `[*, out_features]`. The gradient of `weight` is zero wherever the mask is. Differentiable twice.
 
     Raises:
-        TypeError: a dtype that is not floating point, or that differs between arguments.
+        TypeError: not a tensor; a dtype that is not floating point, or that differs between arguments.
         ValueError: a shape or device that does not fit; the message names the argument.
     """
+    check_tensors(x, weight, words, bias)
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, words, bias)
