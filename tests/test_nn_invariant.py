@@ -395,6 +395,35 @@ def test_a_parametrized_weight_is_masked_in_the_forward():
     train(model, torch.optim.SGD(model.parameters(), 0.1))
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_what_a_parametrization_computes_from_is_not_masked(own):
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    layer, x = network()[3], torch.randn(5, 288)
+    weight, keep = layer.weight, layer.mask.to_dense()
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Double())
+    assert layer.parametrizations.weight.original is weight and masks.words_of(weight) is None
+    with torch.no_grad():
+        weight.fill_(1.0)
+    optimizer = (sl.optim if own else torch.optim).SGD([weight], lr=0.1, weight_decay=0.5)
+    layer(x).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(weight.detach()[~keep], torch.full((int((~keep).sum()),), 0.95))
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert masks.words_of(layer.weight) is layer.weight_mask
+    layer(x)
+    assert (layer.weight[~keep] == 0).all() and torch.equal(layer.mask.to_dense(), keep)
+
+
+def test_a_weight_that_was_replaced_is_free_again():
+    layer = network()[3]
+    before = layer.weight
+    layer.weight = nn.Parameter(torch.ones(40, 288))
+    assert masks.words_of(before) is None and masks.words_of(layer.weight) is layer.weight_mask
+
+
 def test_from_meta_by_to_empty_keeps_everything():
     with torch.device("meta"):
         layer = sl.MaskedLinear(40, 7)

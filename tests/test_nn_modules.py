@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 from transformers.pytorch_utils import Conv1D
 
 import sparselottery as sl
@@ -268,6 +269,29 @@ def test_functional_call_and_vmap(make, shape):
     gradient = torch.func.grad(loss)(dict(layer.named_parameters()))["weight"]
     layer(x).square().sum().backward()
     torch.testing.assert_close(gradient, layer.weight.grad)
+
+
+@every_layer
+@pytest.mark.parametrize("wrong", [None, [1, 2]], ids=str)
+def test_input_that_is_no_tensor(make, shape, wrong):
+    layer = make()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="x: expected a tensor, got"):
+            layer(wrong)
+
+
+def test_torch_prune_of_a_masked_layer_says_what_to_do():
+    layer, x = linear(), torch.randn(2, 33)
+    mask, want = layer.mask, layer(x)
+    for call in (torch_prune.l1_unstructured, torch_prune.random_unstructured):
+        with pytest.raises(
+            ValueError, match=r"weight_mask: expected int32 words, got torch.float32; .*sl\.prune.*sl\.from_torch_prune"
+        ) as caught:
+            call(layer, "weight", 0.5)
+        assert "\n" not in str(caught.value)
+    assert layer.mask == mask and torch.equal(layer(x), want), "as before"
+    torch_prune.l1_unstructured(layer, "bias", 0.5)
+    assert (layer.bias == 0).any()
 
 
 def test_inference_mode_and_meta():

@@ -142,6 +142,8 @@ class MaskedWeight:
 
     def _goes_to_library(self, input: Tensor, runs_dense: Callable[[tuple | None], bool]) -> bool:
         """Whether dispatch has already decided that this call is dense; asked anew only when something about it changes."""
+        if not isinstance(input, Tensor):
+            return False  # the op says what is wrong
         wanted = self._wanted(input)
         call = (input.shape, input.dtype, input.stride(), wanted, self._seen[3:], dispatch.state())
         if self._dense_calls != call:
@@ -231,9 +233,27 @@ class MaskedWeight:
     # ---- nn.Module's own doings ----
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        before = self._parameters.get("weight")
         super().register_parameter(name, param)
         if name == "weight" and "weight_mask" in self._buffers:  # layer.weight = ..., as when weights are tied
+            if before is not None and before is not param:
+                masks.detach(before, self)
             self._adopt()
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if name == "weight_mask" and name in self._buffers and tensor is not None and tensor.dtype != torch.int32:
+            raise ValueError(  # from torch.nn.utils.prune, whose masks have this name and the weight's dtype
+                f"weight_mask: expected int32 words, got {tensor.dtype}; torch.nn.utils.prune cannot prune a masked layer:"
+                " prune it with sl.prune, or prune a plain layer with torch and convert it with sl.from_torch_prune"
+            )
+        super().register_buffer(name, tensor, persistent)
+
+    def __delattr__(self, name: str) -> None:
+        weight = self._parameters.get("weight") if name == "weight" else None
+        super().__delattr__(name)
+        if weight is not None:  # a parametrization takes it: what it holds from now on is not the masked weight
+            masks.detach(weight, self)
+            self._forget()
 
     def train(self, mode: bool = True):
         self._adopt()
