@@ -94,6 +94,8 @@ def test_one_shot(tmp_path, capsys):
         (["reproduce", "mona-lisa"], "mona-lisa"),
         (["imp", "--workers", "0"], "workers"),
         (["imp", "--lr", "nan"], "lr"),
+        (["imp", "--scope", "global", "--output-factor", "0.3"], "output_factor"),
+        (["imp", "--scope", "global", "--conv-factor", "0.5"], "conv_factor"),
         (["imp", "--control-levels", "1,x"], "--control-levels: invalid list of int value: '1,x'"),
         (["one-shot", "--densities", "0.5,inf"], "densities"),
         (["imp", "--controls", "reinit,reinit"], "controls"),

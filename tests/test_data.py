@@ -119,6 +119,15 @@ def test_damaged_idx_file_is_named(mnist, name, damage, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_file_that_cannot_be_read_is_not_called_damaged(mnist, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*train-images-idx3-ubyte.gz'"):
+        data.load("mnist", mnist)
+
+
 def test_missing_idx_file_is_named(mnist):
     path = mnist / "mnist" / "t10k-labels-idx1-ubyte"
     path.unlink()

@@ -1,5 +1,6 @@
 """Iterative and one-shot pruning: levels, rewinding, controls, what users may hand in."""
 
+import copy
 import functools
 import json
 import math
@@ -209,6 +210,13 @@ def test_a_plain_loop_and_a_model_without_a_seed():
 
 
 ONE_MODEL = nn.Sequential(nn.Linear(4, 4))
+
+
+def test_only_reinit_asks_for_seeds_that_were_not_named():
+    prepared = {3: make_model(3), 5: make_model(5)}
+    arguments = {"rounds": 1, "seeds": [3, 5], "fit": fine}
+    done = sl.imp(lambda seed: copy.deepcopy(prepared[seed]), controls=("random-mask", "shuffle"), **arguments)
+    assert torch.equal(done.ticket(0, 5).initial["0.weight"], prepared[5][0].weight)
 
 
 def fine(model, *, seed, budget):

@@ -118,8 +118,9 @@ def _idx(path: Path, magic: int) -> tuple[np.ndarray, Path]:
     found = next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
     if found is None:
         raise FileNotFoundError(f"{path}[.gz]: no such file; expected the IDX file of {path.parent.name} there")
+    content = found.read_bytes()
     try:
-        content = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
+        content = gzip.decompress(content) if found.suffix == ".gz" else content
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{found}: expected a whole gzip file, got a damaged one ({error})") from None
     dimensions = magic & 0xFF

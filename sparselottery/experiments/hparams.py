@@ -51,8 +51,19 @@ class _Search(Training):
     seeds: int = _of(5, "trials")
 
     def rates(self) -> dict[str, float]:
-        """As `sl.imp` takes them."""
+        """As `sl.imp` takes them.
+
+        Raises:
+            ValueError: a factor that global scope has no use for.
+        """
         if self.scope == "global":
+            if (
+                self.output_factor not in (0.0, 0.5) or self.conv_factor != 1.0
+            ):  # 0.5, the default, is that of the other scope
+                raise ValueError(
+                    "output_factor, conv_factor: expected none but --output-factor 0 with global scope, which ranks all "
+                    f"weights together, got {self.output_factor:g} and {self.conv_factor:g}"
+                )
             return {} if self.output_factor else {"output": 0.0}
         named = {"output": self.output_factor, "conv": self.conv_factor}
         return {name: factor for name, factor in named.items() if name == "output" or self.model != "lenet-300-100"}

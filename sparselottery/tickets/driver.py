@@ -354,13 +354,14 @@ def probe(make_model, seed, exclude, names) -> nn.Module:
         ValueError: there is nothing to prune, or models are not new ones each time.
     """
     plan = Plan("", make_model, print, (seed,), (), (), exclude=exclude)
-    model, other = plan.build(seed), plan.build(controls.derived_seed("probe", seed))
+    reinit = "reinit" in names  # only then is it asked for seeds that the user did not name
+    model, other = plan.build(seed), plan.build(controls.derived_seed("probe", seed) if reinit else seed)
     layers, others = (dict(masked_modules(m)) for m in (model, other))
     if not layers:
         raise ValueError("make_model: expected a model with Linear or Conv2d layers to prune, got none")
     if any(layers[name].weight is others[name].weight for name in layers.keys() & others.keys()):
         raise ValueError("make_model: expected a new model at every call, got the same weights twice")
-    if "reinit" in names and digest(Ticket.of(model, model)) == digest(Ticket.of(other, other)):
+    if reinit and digest(Ticket.of(model, model)) == digest(Ticket.of(other, other)):
         raise ValueError(
             "make_model: gives the same initial values for every seed, so control reinit would be the ticket itself; "
             "draw them from the seed, or leave that control out"
