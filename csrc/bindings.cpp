@@ -196,12 +196,13 @@ PYBIND11_MODULE(_C, m) {
              plan.forward(as<const float>(x), x_stride, batch, as<const float>(weight), as<const float>(bias),
                           as<float>(y), tile);
            })
-      .def("backward", [](MaskedLinearPlan& plan, uintptr_t grad, int64_t grad_stride, uintptr_t x, int64_t x_stride,
-                          int64_t batch, uintptr_t weight, uintptr_t dx, uintptr_t dw, uintptr_t db, int64_t tile) {
-        py::gil_scoped_release release;
-        plan.backward(as<const float>(grad), grad_stride, as<const float>(x), x_stride, batch, as<const float>(weight),
-                      as<float>(dx), as<float>(dw), as<float>(db), tile);
-      });
+      .def("backward",
+           [](MaskedLinearPlan& plan, uintptr_t grad, int64_t grad_stride, uintptr_t x, int64_t x_stride, int64_t batch,
+              uintptr_t weight, uintptr_t dx, uintptr_t dw, uintptr_t db, int64_t tile, bool dw_is_zero) {
+             py::gil_scoped_release release;
+             plan.backward(as<const float>(grad), grad_stride, as<const float>(x), x_stride, batch,
+                           as<const float>(weight), as<float>(dx), as<float>(dw), as<float>(db), tile, dw_is_zero);
+           });
 
   // masked_optim
   m.def("cpu_masked_optim_sgd", [](const std::vector<int64_t>& table, const std::vector<double>& numbers, int dtype,

@@ -31,9 +31,11 @@ class MaskedLinearPlan {
                int64_t tile);
 
   // grad [batch, rows] with rows grad_stride apart. Every element of dx [batch, columns], dw [rows, columns] and db
-  // [rows] is written; null where not wanted (dx and dw not both).
+  // [rows] is written; null where not wanted (dx and dw not both). dw_is_zero: dw has been written by this plan before
+  // and nobody is known to have changed it, so that its dead places need no zeros; a sample of them is looked at all
+  // the same.
   void backward(const float* grad, int64_t grad_stride, const float* x, int64_t x_stride, int64_t batch,
-                const float* weight, float* dx, float* dw, float* db, int64_t tile);
+                const float* weight, float* dx, float* dw, float* db, int64_t tile, bool dw_is_zero);
 
  private:
   struct Impl;

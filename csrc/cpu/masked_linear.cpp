@@ -30,7 +30,8 @@ namespace {
 constexpr int64_t kMaxPanel = 65536;     // an index in a panel has 16 bits
 constexpr int64_t kSmallWork = 1 << 17;  // multiply-adds below which waking other threads costs more than it saves
 constexpr uint32_t kAhead = 32;          // survivors whose weights are fetched ahead of their use
-constexpr int64_t kSamples = 64;         // words and weights that looks_like compares
+constexpr int64_t kSamples = 64;         // words, weights and dead gradients that are looked at on each call
+constexpr double kFewInALine = 0.05;     // density from which on most cache lines hold a survivor
 
 struct Kernels {
   int64_t width, max_tile;
@@ -177,7 +178,7 @@ struct MaskedLinearPlan::Impl {
   Array<uint32_t> where;           // [count]: where a survivor of the row order stands in `transposed`
   Array<uint32_t> panelled_where;  // [count]: and where in `panelled`
   std::vector<uint32_t> sample_word, sample_bits;
-  std::vector<uint64_t> sample_weight;
+  std::vector<uint64_t> sample_weight, sample_dead;
   std::vector<float> sample_value;
   bool has_sample = false;
   std::mutex lock;
@@ -254,10 +255,25 @@ struct MaskedLinearPlan::Impl {
   // them, enough that a line finds a dozen survivors there.
   int64_t panel() const { return density() > 0.05 ? 256 : 1024; }
 
-  // dw [rows, columns] from the survivors' gradients: every element is written, so that fresh or reused memory will do.
-  void scatter(const float* compact, float* dw) const {
-    const int threads = thread_count(rows * columns);
+  bool is_zero_off_the_mask(const float* dw) const {
+    return std::all_of(sample_dead.begin(), sample_dead.end(), [&](uint64_t i) { return dw[i] == 0; });
+  }
+
+  // dw [rows, columns] from the survivors' gradients: every element is written, so that fresh or reused memory will do,
+  // unless the dead ones are zero already.
+  void scatter(const float* compact, float* dw, bool is_zero) const {
     const bool streams = can_stream(dw);
+    // Where survivors are in most cache lines, streaming past the caches beats reading each line to change it.
+    if (is_zero && (!streams || density() < kFewInALine) && is_zero_off_the_mask(dw)) {
+      const int few = thread_count(count());
+#pragma omp parallel for schedule(static) num_threads(few) if (few > 1)
+      for (int64_t i = 0; i < rows; i++) {
+        float* row = dw + i * columns;
+        for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) row[column[k]] = compact[where[k]];
+      }
+      return;
+    }
+    const int threads = thread_count(rows * columns);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       std::vector<float> scratch(streams ? columns : 0);
@@ -331,6 +347,18 @@ MaskedLinearPlan::MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t 
     m.sample_weight.push_back(row * columns + m.column[k]);
   }
   m.sample_value.resize(m.sample_weight.size());
+  // The first dead weight of each of kSamples stretches.
+  const auto is_dead = [&](int64_t i) {
+    const int64_t j = i % columns;
+    return (words[i / columns * m.words_per_line + j / kWordBits] >> (j % kWordBits) & 1) == 0;
+  };
+  const int64_t weights = rows * columns, stretch = (weights + kSamples - 1) / kSamples;
+  for (int64_t first = 0; first < weights; first += stretch) {
+    int64_t at = first;
+    const int64_t end = std::min(first + stretch, weights);
+    while (at < end && !is_dead(at)) at++;
+    if (at < end) m.sample_dead.push_back(at);
+  }
 }
 
 MaskedLinearPlan::~MaskedLinearPlan() = default;
@@ -384,7 +412,7 @@ void MaskedLinearPlan::forward(const float* x, int64_t x_stride, int64_t batch, 
 }
 
 void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const float* x, int64_t x_stride, int64_t batch,
-                                const float* weight, float* dx, float* dw, float* db, int64_t tile) {
+                                const float* weight, float* dx, float* dw, float* db, int64_t tile, bool dw_is_zero) {
   Impl& m = *impl_;
   std::lock_guard<std::mutex> guard(m.lock);
   m.build_columns();
@@ -404,7 +432,7 @@ void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const fl
                 grad_stride, dx != nullptr ? dx + first * m.columns : nullptr, compact, db, first > 0, x_tile, g_tile,
                 dx_tile, threads});
   });
-  if (dw != nullptr) m.scatter(compact, dw);
+  if (dw != nullptr) m.scatter(compact, dw, dw_is_zero);
 }
 
 }  // namespace sl::cpu

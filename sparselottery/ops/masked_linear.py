@@ -112,30 +112,47 @@ class _Index:
 
 
 class _Memory:
-    """Memory for a weight's gradient, lent out again once no tensor uses it.
+    """Memory for a weight's gradient, lent out again, with what it holds, once no tensor uses it.
 
-    Fresh pages for a large gradient cost as much as a sparse backward (64 MiB: 16384 page faults). What the memory holds is of no
-    account, the kernels write every element; whether it is still in use is told by the array that torch's storage keeps alive.
+    Fresh pages for a large gradient cost as much as a sparse backward (64 MiB: 16384 page faults), and so do the zeros off the
+    mask. Whether the memory is still in use is told by the array that torch's storage keeps alive. `counter` shares the version
+    counter, but not the storage, of the tensor that was lent: where it has not moved since a plan wrote the gradient, the zeros
+    are still there. Writes through `.data` or numpy move no counter: the plan looks at a sample of the zeros, which finds what
+    changes a large part of them, though not the change of a single one.
     """
 
-    __slots__ = ("base", "lease", "lock")
-    SMALLEST = 2**18  # elements; below, malloc recycles by itself
+    __slots__ = ("base", "counter", "lease", "lock", "plan", "version")
+    SMALLEST = 2**16  # elements; below, zeros and malloc cost less than the questions asked here
 
     def __init__(self):
-        self.base = self.lease = None
+        self.base = self.counter = self.lease = self.plan = None
+        self.version = 0
         self.lock = threading.Lock()
 
-    def tensor(self, shape):
-        if shape[0] * shape[1] < self.SMALLEST:
-            return torch.empty(shape, dtype=torch.float32, device="cpu")
+    def lend(self, shape, plan):
+        """A tensor, and whether it is still as `plan` left it."""
+        if shape[0] * shape[1] < self.SMALLEST or torch.is_inference_mode_enabled():
+            return torch.empty(shape, dtype=torch.float32, device="cpu"), False
         with self.lock:
             if self.base is None or self.lease() is not None:
                 raw = numpy.empty(shape[0] * shape[1] + 16, numpy.float32)
                 start = -raw.ctypes.data // 4 % 16  # on a cache line
                 self.base = raw[start : start + shape[0] * shape[1]]
+                self.plan = None
+            same = self.plan is plan and self.counter._version == self.version
+            self.plan = None  # until it is written
             view = self.base.reshape(shape)
             self.lease = weakref.ref(view)
-            return torch.from_numpy(view)
+            return torch.from_numpy(view), same
+
+    def written(self, gradient, plan):
+        """`plan` has written `gradient`, and whoever gets it will use it as a tensor of eager torch."""
+        with self.lock:
+            if self.base is not None and gradient.data_ptr() == self.base.ctypes.data:
+                self.plan = plan
+                self.counter = gradient.detach()
+                self.counter.data = torch.empty(0)  # lets the storage go, keeps the counter
+                self.version = self.counter._version
 
 
 _INDEXES: dict[int, _Index] = {}  # by id(words): an entry goes with its tensor
@@ -160,14 +177,6 @@ def _unit_rows(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _gradient(words, shape):
-    return (
-        torch.empty(shape, dtype=torch.float32, device="cpu")
-        if words.is_inference()
-        else _index(words, shape).gradient.tensor(shape)
-    )
-
-
 def _cpu(x, weight, words, bias):
     weight = weight.contiguous()
     shape = tuple(weight.shape)
@@ -186,7 +195,8 @@ def _cpu(x, weight, words, bias):
     return y if x.ndim == 2 else y.view(*x.shape[:-1], shape[0])
 
 
-def _cpu_backward(grad, x, weight, words, output_mask):
+def _cpu_backward(grad, x, weight, words, output_mask, watched=False):
+    """`watched`: dW's reader is eager torch, whose writes move version counters; compiled code's need not."""
     if not (output_mask[0] or output_mask[1]) or weight.numel() == 0:
         return _dense_backward(grad, x, weight, words, True, output_mask)
     weight = weight.contiguous()
@@ -195,7 +205,14 @@ def _cpu_backward(grad, x, weight, words, output_mask):
     rows = _unit_rows(grad)
     inputs = _unit_rows(x) if output_mask[1] else None
     dx = torch.empty(*grad.shape[:-1], shape[1], dtype=torch.float32, device="cpu") if output_mask[0] else _none(grad)
-    dw = _gradient(words, shape) if output_mask[1] else _none(grad)
+    memory, is_zero = None, False
+    if not output_mask[1]:
+        dw = _none(grad)
+    elif words.is_inference() or weight.is_inference():  # the plan goes with this call
+        dw = torch.empty(shape, dtype=torch.float32, device="cpu")
+    else:
+        memory = _index(words, shape).gradient
+        dw, is_zero = memory.lend(shape, plan)
     db = torch.empty(shape[0], dtype=torch.float32, device="cpu") if output_mask[2] else _none(grad)
     plan.backward(
         rows.data_ptr(),
@@ -208,7 +225,10 @@ def _cpu_backward(grad, x, weight, words, output_mask):
         dw.data_ptr() if output_mask[1] else 0,
         db.data_ptr() if output_mask[2] else 0,
         0,
+        is_zero,
     )
+    if watched and memory is not None:
+        memory.written(dw, plan)
     return dx, dw, db
 
 
@@ -340,7 +360,7 @@ def _forward(x, weight, words, bias, premasked):
     return candidates[name or _choose("forward", key, candidates)]()
 
 
-def _backward(grad, x, weight, words, premasked, output_mask):
+def _backward(grad, x, weight, words, premasked, output_mask, watched=False):
     key = None
     if output_mask[0] or output_mask[1]:
         key = _key("backward", grad, weight, words, premasked, *output_mask)
@@ -348,11 +368,11 @@ def _backward(grad, x, weight, words, premasked, output_mask):
     if name == "dense":
         return _dense_backward(grad, x, weight, words, premasked, output_mask)
     if name == "cpu":
-        return _cpu_backward(grad, x, weight, words, output_mask)
+        return _cpu_backward(grad, x, weight, words, output_mask, watched)
     candidates = _candidates(
         grad,
         lambda: _dense_backward(grad, x, weight, words, premasked, output_mask),
-        lambda: _cpu_backward(grad, x, weight, words, output_mask),
+        lambda: _cpu_backward(grad, x, weight, words, output_mask, watched),
         lambda: _triton_backward(grad, x, weight, words, output_mask),
         lambda: _reference_backward(grad, x, weight, words, output_mask),
     )
@@ -391,8 +411,12 @@ class _MaskedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the same in differentiable torch
             dx, dw, db = _differentiable_backward(grad, x, weight, words, wanted)
         else:
-            op = _backward if is_plain(grad, weight) else torch.ops.sparselottery.masked_linear_backward
-            gradients = op(grad, x, weight, words, ctx.premasked, wanted)
+            if is_plain(grad, weight):
+                gradients = _backward(grad, x, weight, words, ctx.premasked, wanted, watched=True)
+            else:
+                gradients = torch.ops.sparselottery.masked_linear_backward(
+                    grad, x, weight, words, ctx.premasked, wanted
+                )
             dx, dw, db = (g if asked else None for g, asked in zip(gradients, wanted, strict=True))
         return dx, dw, None, db, None
 
