@@ -105,6 +105,7 @@ def test_one_shot(tmp_path, capsys):
 )
 def test_a_mistake_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SPARSELOTTERY_DATA", raising=False)  # a data root by default
     try:
         status = cli.main(argv)
     except SystemExit as stop:  # argparse's own way
