@@ -191,26 +191,47 @@ def test_scores_may_be_negative_and_dead_weights_stay_dead():
 # ---- structures ----
 
 
+def matrices(name, tensor):
+    """The matrices `[outputs, inputs]` that block structures cut up: for convolutions one per group and tap."""
+    if name == "c":
+        return [tensor.t()]
+    if tensor.ndim == 2:
+        return [tensor]
+    groups = 2 if name == "grouped" else 1
+    return [part[:, :, i, j] for part in tensor.chunk(groups) for i in range(3) for j in range(3)]
+
+
 @pytest.mark.parametrize("density", [0.25, 0.5])
-def test_blocks(density):
-    model = nn.ModuleDict({"a": nn.Linear(10, 7), "b": nn.Conv2d(2, 6, 3), "c": Conv1D(9, 5)})
+@pytest.mark.parametrize("high, wide", [(4, 4), (2, 8), (64, 3), (1, 1)])
+def test_blocks(density, high, wide):
+    model = nn.ModuleDict(
+        {"a": nn.Linear(10, 7), "b": nn.Conv2d(5, 6, 3), "grouped": nn.Conv2d(10, 6, 3, groups=2), "c": Conv1D(9, 5)}
+    )
     weights = {n: m.weight.detach().clone() for n, m in model.items()}
-    sl.prune(model, density=density, structure="block:4x4")
-    alive = total = 0
+    sl.prune(model, density=density, structure=f"block:{high}x{wide}")
     sums, lives = [], []
     for name, mask in masks(model).items():
-        as_matrix = (lambda t: t.t()) if name == "c" else (lambda t: t.flatten(1))
-        matrix, weight = as_matrix(mask), as_matrix(weights[name]).double().abs()
-        for i in range(0, matrix.shape[0], 4):
-            for j in range(0, matrix.shape[1], 4):
-                block = matrix[i : i + 4, j : j + 4]
-                assert block.all() or not block.any()
-                total, alive = total + 1, alive + int(block.any())
-                sums.append(weight[i : i + 4, j : j + 4].sum().item()), lives.append(bool(block.any()))
-    assert alive == round(density * total)
+        for matrix, weight in zip(matrices(name, mask), matrices(name, weights[name].double().abs()), strict=True):
+            for i in range(0, matrix.shape[0], high):
+                for j in range(0, matrix.shape[1], wide):
+                    block = matrix[i : i + high, j : j + wide]
+                    assert block.all() or not block.any()
+                    sums.append(weight[i : i + high, j : j + wide].sum().item()), lives.append(bool(block.any()))
+    assert sum(lives) == round(density * len(lives))
     assert min(s for s, a in zip(sums, lives, strict=True) if a) >= max(
         s for s, a in zip(sums, lives, strict=True) if not a
     )
+
+
+def test_blocks_of_equal_sums_go_by_index():
+    model = nn.Sequential(nn.Linear(100, 70), nn.Conv2d(4, 4, 2))
+    with torch.no_grad():
+        model[0].weight.zero_(), model[1].weight.zero_()
+    report = sl.prune(model, density={"0": 0.5, "1": 0.25}, structure="block:64x64")
+    dense = masks(model)
+    assert dense["0"][:64].all() and not dense["0"][64:].any(), "two of four blocks, whatever their size"
+    assert dense["1"][:, :, 0, 0].all() and dense["1"].sum() == 16, "one block of four: the first tap"
+    assert report.layers["0"].kept == 6400 and report.layers["1"].kept == 16
 
 
 def test_channels_count_outputs_and_keep_earlier_zeros():
@@ -224,16 +245,26 @@ def test_channels_count_outputs_and_keep_earlier_zeros():
         assert torch.equal(mask, before[name].flatten(1) & mask.any(1, keepdim=True))
 
 
-def test_n_of_m():
-    model = nn.ModuleDict({"a": nn.Linear(12, 8), "c": Conv1D(6, 8)})
+@pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (4, 8), (1, 2), (8, 8)])
+def test_n_of_m(n, m):
+    model = nn.ModuleDict({"a": nn.Linear(24, 8), "b": nn.Conv2d(8, 3, 3), "c": Conv1D(6, 8)})
     weights = {n: m.weight.detach().clone() for n, m in model.items()}
-    sl.prune(model, structure="2:4")
+    report = sl.prune(model, structure=f"{n}:{m}")
+    assert report.kept == report.total * n // m
     for name, mask in masks(model).items():
         rows, values = (mask.t(), weights[name].t()) if name == "c" else (mask, weights[name])
-        groups, values = rows.reshape(-1, 4), values.reshape(-1, 4).abs()
-        assert (groups.sum(1) == 2).all()
-        top = torch.zeros_like(groups).scatter(1, values.topk(2, dim=1).indices, True)
+        groups, values = rows.reshape(-1, m), values.reshape(-1, m).abs()
+        assert (groups.sum(1) == n).all()
+        top = torch.zeros_like(groups).scatter(1, values.topk(n, dim=1).indices, True)
         assert torch.equal(groups, top)
+
+
+def test_n_of_m_ties_go_by_index_and_nothing_regrows():
+    model = nn.ModuleDict({"a": nn.Linear(12, 8), "c": Conv1D(6, 8)})
+    with torch.no_grad():
+        model["a"].weight.fill_(-1)
+    sl.prune(model, structure="2:4")
+    assert torch.equal(masks(model)["a"], torch.tensor([True, True, False, False]).repeat(8, 3))
     model["a"].set_mask(torch.zeros(8, 12, dtype=torch.bool))
     assert sl.prune(model, structure="1:4").layers["a"].kept == 0, "never regrows"
 
@@ -266,7 +297,7 @@ BAD = [
     (dict(density=0.5, structure="4:2"), ValueError, "structure: expected 'unstructured'"),
     (dict(density=0.5, structure=4), TypeError, "structure: expected 'unstructured'"),
     (dict(density=0.5, structure="2:4"), ValueError, "structure: 2:4 says how many survive"),
-    (dict(structure="3:7"), ValueError, "structure: 3:7 needs inputs in multiples of 7, 0 has 64"),
+    (dict(structure="3:7"), ValueError, "structure: 3:7 needs inputs in multiples of 7, 0 has 64; exclude='0'"),
     (dict(rate=0.5, rates={"fc9": 0.5}), ValueError, "rates: no prunable layer is called 'fc9'"),
     (dict(rate=0.5, rates={"output": -1}), ValueError, "rates['output']: expected a factor of at least 0, got -1"),
     (dict(rate=0.5, rates={"output": "half"}), TypeError, "rates['output']: expected a number, got str"),

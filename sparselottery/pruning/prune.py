@@ -87,9 +87,11 @@ def prune(
         scope: "global": the weights of all layers are ranked together. "layer": each layer is ranked by itself; every
             layer gets the density asked for, or loses the rate.
         criterion: "magnitude", "random", a callable `(name, layer) -> scores` or {name: scores}; see `criteria.scores`.
-        structure: "unstructured"; "block:RxC" and "channel" (an output of a layer, so exclude the last one) prune
-            groups of weights, of which a density or rate then speaks; "N:M" keeps N of every M and takes neither. See
-            `structures`.
+        structure: "unstructured"; "block:RxC" (R outputs by C inputs; of a convolution, for each tap) and "channel" (an
+            output of a layer, so exclude the last one) prune groups of weights, of which a density or rate then speaks:
+            `round(density * groups)` of them survive, and one that an edge cuts off counts like the others. "N:M" keeps
+            N of every M neighbouring inputs and takes neither density nor rate. GPUs gain from blocks of at least 16x16
+            and from "2:4". See `structures`.
         rates: factors on the pruning rate of some layers: {"output": 0.5} prunes the last layer half as fast as the
             others, {"conv": 0.5} every convolution. Keys: "output" (the last prunable layer of the model), "conv",
             "linear" (all that are not conv), or a layer's name or pattern; a name beats "output", which beats "conv"

@@ -1,8 +1,12 @@
 """What is pruned at once: single weights, blocks, whole channels, or M - N of every M weights in a row.
 
-Weights are seen as matrices `[outputs, inputs]`: a convolution's `[out, C / groups, kH, kW]` with the last three
-flattened, transformers' Conv1D transposed. A group of weights is scored by the sum of its scores (of absolute weights
-for magnitude), and counts, densities and ties are in groups, row by row. A group that still holds a weight is a
+Weights are seen as matrices `[outputs, inputs]`, transformers' Conv1D transposed. For channels and N:M a convolution's
+`[out, C / groups, kH, kW]` is one matrix, its last three dimensions flattened. For blocks it is one matrix
+`[out / groups, C / groups]` for each of its groups and taps, because that is what tensor cores multiply by.
+
+A group of weights is scored by the sum of its scores (of absolute weights for magnitude), and counts, densities and ties
+are in groups, row by row, matrix by matrix. Where a matrix's edge cuts a block off, the rest is a group like any other:
+`[100, 70]` has 2 x 2 blocks of 64x64, and a density of 0.5 keeps two of them. A group that still holds a weight is a
 survivor; a group that is kept keeps the weights it had.
 """
 
@@ -27,7 +31,7 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of `rows` x `columns` (None: the whole row, that is an output channel); cut off at the matrix's edges."""
+    """Blocks of `rows` outputs x `columns` inputs (None: all that belong to the outputs); cut off at a matrix's edges."""
 
     rows: int
     columns: int | None
@@ -104,25 +108,39 @@ class Selector:
         return after, threshold if len(groups) == 1 else None
 
     def _block(self, columns):
-        return self.structure.rows, columns if self.structure.columns is None else self.structure.columns
+        return self.structure.rows, max(1, columns if self.structure.columns is None else self.structure.columns)
+
+    def _matrices(self, name, tensor):
+        """A tensor of the weight's shape as `[matrices, outputs, inputs]`."""
+        layer = self.layers[name]
+        if tensor.ndim != 4 or self.structure.columns is None:
+            return as_matrix(layer, tensor).unsqueeze(0)
+        return tensor.unflatten(0, (layer.groups, -1)).flatten(3).permute(0, 3, 1, 2).flatten(0, 1)
+
+    def _from_matrices(self, name, matrices):
+        """The inverse of `_matrices`."""
+        layer = self.layers[name]
+        shape = layer.weight.shape
+        if len(shape) != 4 or self.structure.columns is None:
+            return from_matrix(layer, matrices[0], shape)
+        return matrices.unflatten(0, (layer.groups, -1)).permute(0, 2, 3, 1).reshape(shape)
 
     def _sums(self, name, values):
-        """Sum over each block of what is still there, float64 `[block rows, block columns]`."""
+        """Sum over each block of what is still there, float64 `[matrices, block rows, block columns]`."""
         kept = torch.where(self.before[name].to_dense(), values.double(), 0)
         if not bool(values.isfinite().all()):
             kept = kept + torch.where(values.isnan(), values.double(), 0)  # a NaN is found wherever it is
-        matrix = as_matrix(self.layers[name], kept)
-        rows, columns = matrix.shape
+        matrices = self._matrices(name, kept)
+        count, rows, columns = matrices.shape
         high, wide = self._block(columns)
-        padded = torch.nn.functional.pad(matrix, (0, -columns % max(wide, 1), 0, -rows % high))
-        return padded.reshape(-(-rows // high), high, -(-columns // max(wide, 1)), max(wide, 1)).sum((1, 3))
+        padded = torch.nn.functional.pad(matrices, (0, -columns % wide, 0, -rows % high))
+        return padded.reshape(count, -(-rows // high), high, -(-columns // wide), wide).sum((2, 4))
 
     def _expand(self, name, mask):
-        weight = self.layers[name].weight
-        rows, columns = as_matrix(self.layers[name], weight).shape
+        _, rows, columns = self._matrices(name, self.layers[name].weight).shape
         high, wide = self._block(columns)
-        dense = mask.to_dense().repeat_interleave(high, 0).repeat_interleave(max(wide, 1), 1)[:rows, :columns]
-        return Mask.from_dense(from_matrix(self.layers[name], dense, weight.shape))
+        dense = mask.to_dense().repeat_interleave(high, 1).repeat_interleave(wide, 2)[:, :rows, :columns]
+        return Mask.from_dense(self._from_matrices(name, dense))
 
 
 def n_of_m(structure: NofM, layer: nn.Module, before: Mask, scores: Tensor, by: str, name: str) -> Mask:
@@ -137,7 +155,8 @@ def n_of_m(structure: NofM, layer: nn.Module, before: Mask, scores: Tensor, by: 
     columns = keys.shape[1]
     if columns % structure.m:
         raise ValueError(
-            f"structure: {structure.n}:{structure.m} needs inputs in multiples of {structure.m}, {name} has {columns}"
+            f"structure: {structure.n}:{structure.m} needs inputs in multiples of {structure.m}, {name} has {columns};"
+            f" exclude={name!r} leaves it alone"
         )
     alive = as_matrix(layer, before.to_dense())
     groups = keys.reshape(-1, structure.m)
