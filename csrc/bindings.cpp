@@ -17,6 +17,7 @@
 #include "masked_conv2d.h"
 #include "masked_linear.h"
 #include "masked_optim.h"
+#include "packed.h"
 
 namespace py = pybind11;
 
@@ -218,5 +219,19 @@ PYBIND11_MODULE(_C, m) {
     const auto tensors = optim_tensors(table, numbers);
     py::gil_scoped_release release;
     sl::cpu::masked_adam(tensors.data(), tensors.size(), {beta1, beta2, eps, weight_decay, shrink, maximize}, dtype);
+  });
+
+  // packed
+  m.def("cpu_packed_expand", [](uintptr_t values, int64_t count, int64_t item_size, uintptr_t words, int64_t rows,
+                                int64_t columns, uintptr_t dense) {
+    py::gil_scoped_release release;
+    sl::cpu::packed_expand(as<const void>(values), count, item_size, as<const uint32_t>(words), rows, columns,
+                           as<void>(dense));
+  });
+  m.def("cpu_packed_gather", [](uintptr_t dense, int64_t item_size, uintptr_t words, const std::vector<int64_t>& sizes,
+                                const std::vector<int64_t>& strides, uintptr_t values, int64_t count) {
+    py::gil_scoped_release release;
+    sl::cpu::packed_gather(as<const void>(dense), item_size, as<const uint32_t>(words), sizes.size(), sizes.data(),
+                           strides.data(), as<void>(values), count);
   });
 }

@@ -2,7 +2,19 @@
 
 from . import optim
 from .masks import Mask
-from .nn import MaskedConv2d, MaskedLinear, compress, densify, explain, from_torch_prune, sparsify
+from .nn import (
+    MaskedConv2d,
+    MaskedLinear,
+    PackedConv2d,
+    PackedLinear,
+    compress,
+    densify,
+    explain,
+    from_torch_prune,
+    pack,
+    sparsify,
+    unpack,
+)
 from .ops.global_topk import global_topk
 from .pruning import prune
 from .tickets.imp import imp
@@ -16,6 +28,8 @@ __all__ = [
     "Mask",
     "MaskedConv2d",
     "MaskedLinear",
+    "PackedConv2d",
+    "PackedLinear",
     "Ticket",
     "TicketError",
     "Trainer",
@@ -27,6 +41,8 @@ __all__ = [
     "imp",
     "one_shot",
     "optim",
+    "pack",
     "prune",
     "sparsify",
+    "unpack",
 ]

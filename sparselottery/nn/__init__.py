@@ -1,21 +1,27 @@
-"""Masked layers: drop-in versions of torch's, and the ways there and back."""
+"""Masked and packed layers: drop-in versions of torch's, and the ways there and back."""
 
 from .compress import compress
 from .conv import MaskedConv2d
-from .convert import densify, from_torch_prune, left_dense, masked_modules, sparsify
+from .convert import densify, from_torch_prune, left_dense, masked_modules, pack, sparsify, unpack
 from .explain import Explanation, explain
 from .linear import MaskedConv1D, MaskedLinear
+from .packed import PackedConv1D, PackedConv2d, PackedLinear
 
 __all__ = [
     "Explanation",
     "MaskedConv1D",
     "MaskedConv2d",
     "MaskedLinear",
+    "PackedConv1D",
+    "PackedConv2d",
+    "PackedLinear",
     "compress",
     "densify",
     "explain",
     "from_torch_prune",
     "left_dense",
     "masked_modules",
+    "pack",
     "sparsify",
+    "unpack",
 ]

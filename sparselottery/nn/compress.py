@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
-from .convert import densify, to_plain
+from .convert import densify, to_plain, unpack
 from .invariant import MaskedWeight
 
 
 def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Module:
-    """A copy of a model for inference in which each masked layer has the fastest form measured on this machine.
+    """A copy of a model for inference in which each masked or packed layer has the fastest form measured on this machine.
 
     Each layer is timed on the input that it gets from `example_input`, masked against plain (dense, with zeros), and
     the whole
@@ -33,7 +33,7 @@ def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Mo
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     args, kwargs = _arguments(example_input)
-    result = copy.deepcopy(model).eval().requires_grad_(False)
+    result = unpack(copy.deepcopy(model)).eval().requires_grad_(False)
     layers = [module for module in result.modules() if isinstance(module, MaskedWeight)]
     with torch.no_grad():
         inputs = _inputs(result, layers, args, kwargs)

@@ -1,19 +1,23 @@
-"""From plain layers to masked ones and back, in place: a layer changes its class and keeps everything else."""
+"""From plain layers to masked and packed ones and back, in place: a layer changes its class and keeps everything else."""
 
+import contextlib
 import fnmatch
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
+from torch.optim import Optimizer
 
 from .. import masks
 from ..masks import Mask
+from ..ops import packed
 from .conv import MaskedConv2d
 from .invariant import MaskedWeight
 from .linear import MaskedConv1D, MaskedLinear, is_transposed_linear
+from .packed import PackedConv1D, PackedConv2d, PackedLinear, PackedWeight, rename, replace_data
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 Exclude = str | type | Iterable[str | type]
@@ -79,7 +83,7 @@ def left_dense(model: nn.Module, *, exclude: Exclude = ()) -> dict[str, str]:
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Turn the masked layers of a model back into the plain layers they were, in place, with zeros where they were.
+    """Turn the masked and packed layers of a model back into the plain layers they were, in place, with zeros where they were.
 
     Parameters stay the same objects; the buffers "<name>.weight_mask" go. Nothing keeps the zeros from here on. Returns
     `model`.
@@ -95,7 +99,8 @@ def densify(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"{name or 'model'}: its weight is computed by a parametrization or a hook; remove that first"
             )
-    for layer in layers.values():
+    unpack(model)
+    for layer in [module for module in model.modules() if isinstance(module, MaskedWeight)]:
         to_plain(layer)
     return model
 
@@ -107,6 +112,132 @@ def to_plain(layer: nn.Module) -> None:
     layer._forget()
     del layer._buffers["weight_mask"]
     layer.__class__ = _plain_class(type(layer))
+
+
+def pack(model: nn.Module, *, exclude: Exclude = (), optimizer: Optimizer | None = None) -> nn.Module:
+    """Turn the masked layers of a model into packed ones, in place: only the survivors are stored, see `PackedLinear`.
+
+    The Parameter that was `weight` becomes `values`: the same object with other data, so an optimizer that holds it goes on
+    with `optimizer=`, or if it has no state yet. DistributedDataParallel has to be put around the model afterwards.
+    state_dict keys: "<name>.values" and "<name>.weight_mask"; states of masked layers load as well. Layers that share a
+    weight share its values.
+
+    Args:
+        exclude: what stays masked: names, patterns or classes, as for `sparsify`.
+        optimizer: one that has begun to train the model: its state (momentum and the like) is packed too.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: an argument is something else.
+        ValueError: no masked layer is left to pack, or the weight of one is computed, on no device or also held by another
+            module. Nothing has changed then.
+    """
+    _check_module(model)
+    _check_optimizer(optimizer)
+    excluded = excluded_names(model, exclude)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, MaskedWeight) and n not in excluded}
+    if not layers:
+        raise ValueError("model: expected masked layers to pack, found none; sl.prune or sl.sparsify makes them")
+    for name, layer in layers.items():
+        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+            raise ValueError(
+                f"{name or 'model'}: its weight is computed by a parametrization or a hook; remove that first"
+            )
+        if layer.weight.is_meta:
+            raise ValueError(f"{name or 'model'}: its weight is on the meta device; give it values first")
+    weights = {id(layer.weight) for layer in layers.values()}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if id(parameter) in weights and not (name in layers and key == "weight"):
+                raise ValueError(f"{name or 'model'}.{key}: is the weight of a layer to pack too; exclude that layer")
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}  # a tied weight changes only once
+    for layer in layers.values():
+        layer._restore()
+    done = set()
+    for name, layer in layers.items():
+        weight, words, shape = layer.weight, layer.weight_mask, shapes[name]
+        masks.detach(weight, layer)
+        layer._forget()
+        layer.plain_class = _plain_class(type(layer))
+        layer.__class__ = _packed_class(type(layer))
+        layer.weight_shape = shape
+        rename(layer, "weight", "values")
+        if id(weight) not in done:
+            done.add(id(weight))
+            _convert(weight, shape, optimizer, lambda t, words=words: packed.gather(t, words))
+    return model
+
+
+def unpack(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
+    """Turn the packed layers of a model back into masked ones, in place; the inverse of `pack`. Other layers stay.
+
+    Args:
+        optimizer: one that trains the model: its state is unpacked too, with zeros off the masks.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: an argument is something else.
+    """
+    _check_module(model)
+    _check_optimizer(optimizer)
+    done = set()
+    for layer in [module for module in model.modules() if isinstance(module, PackedWeight)]:
+        values, words, shape = layer.values, layer.weight_mask, layer.weight_shape
+        if id(values) not in done:
+            done.add(id(values))
+            count = values.shape
+            _convert(values, count, optimizer, lambda t, words=words, shape=shape: packed.expand(t, words, shape))
+        rename(layer, "values", "weight")
+        layer.__class__ = masked_class(layer.plain_class)
+        layer.__dict__.pop("plain_class", None)  # of the class where the layer was made as a packed one
+        del layer.weight_shape
+        layer._adopt()
+        layer._restore()
+    return model
+
+
+@contextlib.contextmanager
+def unpacked(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """Within it the packed layers of a model, and what the optimizer keeps for them, are masked ones; packed again after."""
+    _check_module(model)
+    names = {name for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+    if not names:
+        yield
+        return
+    unpack(model, optimizer=optimizer)
+    try:
+        yield
+    finally:
+        others = [n for n, module in model.named_modules() if isinstance(module, MaskedWeight) and n not in names]
+        pack(model, exclude=others, optimizer=optimizer)
+
+
+def _convert(param, shape, optimizer, change: Callable[[Tensor], Tensor]):
+    """Apply `change` to a Parameter, its gradient and every tensor of its shape that an optimizer keeps for it."""
+    with torch.no_grad():
+        grad = param.grad
+        if grad is not None and grad.layout != torch.strided:
+            grad = None
+        replace_data(param, change(param.data), None if grad is None else change(grad))
+        state = {} if optimizer is None else optimizer.state.get(param, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == shape and value.is_floating_point():
+                state[key] = change(value)
+
+
+def _packed_class(masked):
+    if issubclass(masked, MaskedConv1D):
+        return PackedConv1D
+    return PackedLinear if issubclass(masked, MaskedLinear) else PackedConv2d
+
+
+def _check_optimizer(optimizer):
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
 
 
 def from_torch_prune(model: nn.Module) -> nn.Module:

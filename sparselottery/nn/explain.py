@@ -9,6 +9,7 @@ from ..ops import dispatch
 from .convert import left_dense
 from .invariant import MaskedWeight
 from .linear import MaskedConv1D
+from .packed import PackedWeight
 
 HEADER = ("layer", "kind", "weight", "density", "backend", "measured, in µs")
 
@@ -82,6 +83,8 @@ def explain(model: nn.Module) -> Explanation:
     for name, module in model.named_modules():
         if isinstance(module, MaskedWeight):
             rows.append(_masked_row(name, module, measured))
+        elif isinstance(module, PackedWeight):
+            rows.append(_packed_row(name, module))
         elif isinstance(module, (nn.Linear, nn.Conv2d)) or name in reasons:
             rows.append(_plain_row(name, module, reasons.get(name, "not masked: sparsify or prune changes that")))
     return Explanation(rows, dispatch.forced())
@@ -94,6 +97,11 @@ def _plain_row(name, module, reason):
     with torch.no_grad():
         density = float((weight != 0).double().mean()) if known and weight.numel() else 1.0
     return LayerRow(name, type(module).__name__, shape, density, "dense", reason)
+
+
+def _packed_row(name, layer):
+    note = f"packed: {layer.values.numel()} values, expanded for each call"
+    return LayerRow(name, type(layer).__name__, tuple(layer.weight_shape), layer.density, "dense", note)
 
 
 def _masked_row(name, layer, measured):

@@ -30,6 +30,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from .. import masks
 from ..masks import Mask
 from ..ops import bitmask, dispatch
+from .states import to_masked_state
 
 _unmasked_gradients = 0
 
@@ -290,6 +291,11 @@ class MaskedWeight:
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest) -> None:
         key = prefix + "weight_mask"
+        try:
+            to_masked_state(state_dict, prefix, self.weight.shape)
+        except (TypeError, ValueError) as error:
+            rest[-1].append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+            return
         plain = key not in state_dict and prefix + "weight" in state_dict
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         weight, words = self.weight, self._buffers["weight_mask"]

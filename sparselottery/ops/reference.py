@@ -178,3 +178,17 @@ def masked_adam_(
         second = max_exp_avg_sq
     denominator = second.sqrt() / math.sqrt(1 - beta2**step) + eps
     param.copy_(torch.where(keep, p - lr / (1 - beta1**step) * exp_avg / denominator, 0))
+
+
+# ---- packed: the survivors' values in row-major order <-> the dense weight ----
+
+
+def packed_expand(values: Tensor, words: Tensor, shape) -> Tensor:
+    """values `[count]` -> dense tensor of `shape`, +0 wherever the mask is 0."""
+    keep = bitmask_unpack(words, shape)
+    return torch.zeros(keep.shape, dtype=values.dtype, device=values.device).masked_scatter(keep, values)
+
+
+def packed_gather(dense: Tensor, words: Tensor) -> Tensor:
+    """The survivors of a dense tensor `[*]` -> values `[count]`."""
+    return dense.masked_select(bitmask_unpack(words, dense.shape))

@@ -1,5 +1,6 @@
 """prune: scores -> exactly the asked number of survivors -> masks."""
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..nn.convert import Exclude, excluded_names, masked_modules, sparsify
+from ..nn.convert import Exclude, excluded_names, masked_modules, sparsify, unpacked
 from ..ops import bitmask
 from . import criteria, structures
 from .criteria import Criterion
@@ -54,6 +55,18 @@ class PruneReport:
         )
 
 
+def _packed_layers_too(prune):
+    """Packed layers are masked ones while `prune` runs."""
+
+    @functools.wraps(prune)
+    def wrapper(model, *, optimizer=None, **arguments):
+        with unpacked(model, optimizer if isinstance(optimizer, Optimizer) else None):
+            return prune(model, optimizer=optimizer, **arguments)
+
+    return wrapper
+
+
+@_packed_layers_too
 def prune(
     model: nn.Module,
     *,
@@ -102,6 +115,7 @@ def prune(
         exclude: names, patterns or classes of modules that are neither pruned nor counted.
         optimizer: its state (momentum and the like) and the gradients are zeroed at pruned weights too. Without it the
             weights stay zero all the same, but state left over from before would act again if a weight were given back.
+            With packed layers, whose `values` get fewer, an optimizer that has begun must be handed over.
         generator: for criterion "random"; None: torch's default one.
 
     Returns:

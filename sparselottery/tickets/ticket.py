@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..masks import Mask
 from ..nn.convert import masked_modules, sparsify_named
 from ..nn.invariant import MaskedWeight
+from ..nn.packed import PackedWeight
 from ..ops import bitmask
 
 FORMAT = 1
@@ -251,7 +252,16 @@ def _key(name):
 
 
 def _plain_state(model):
-    """state_dict without the masks."""
+    """state_dict without the masks.
+
+    Raises:
+        TicketError: the model has packed layers, or a state that is no tensor.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            raise TicketError(
+                f"{name or 'model'}: is packed; call sl.unpack on the model first (and sl.pack afterwards)"
+            )
     skip = {
         f"{name}.weight_mask" if name else "weight_mask"
         for name, module in model.named_modules(remove_duplicate=False)
