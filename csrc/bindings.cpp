@@ -148,6 +148,7 @@ PYBIND11_MODULE(_C, m) {
     }
     return names;
   });
+  m.def("cpu_set_gathers", &sl::cpu::set_gathers, py::arg("wish"));
   m.def("cpu_threads", &sl::cpu::max_threads);
 
   // masked_conv2d
@@ -185,11 +186,12 @@ PYBIND11_MODULE(_C, m) {
         return std::make_unique<MaskedLinearPlan>(as<const uint32_t>(words), rows, columns);
       }))
       .def("count", &MaskedLinearPlan::count)
-      .def("invalidate_values", &MaskedLinearPlan::invalidate_values)
-      .def("same_words",
-           [](const MaskedLinearPlan& plan, uintptr_t words) { return plan.same_words(as<const uint32_t>(words)); })
-      .def("same_values",
-           [](const MaskedLinearPlan& plan, uintptr_t weight) { return plan.same_values(as<const float>(weight)); })
+      .def("use",
+           [](MaskedLinearPlan& plan, uintptr_t words, uintptr_t weight, int64_t version, bool same) {
+             if (!plan.same_words(as<const uint32_t>(words))) return false;
+             plan.use_weight(as<const float>(weight), version, same);
+             return true;
+           })
       .def("forward",
            [](MaskedLinearPlan& plan, uintptr_t x, int64_t x_stride, int64_t batch, uintptr_t weight, uintptr_t bias,
               uintptr_t y, int64_t tile) {

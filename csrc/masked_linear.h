@@ -17,13 +17,13 @@ class MaskedLinearPlan {
 
   int64_t count() const;
 
-  // Whether a sample of the mask's words, or of the surviving weights as they were last gathered, is still the same: a
-  // second line of defence, for writes that leave no trace in a tensor's version counter.
+  // Whether a sample of the mask's words is still the same: a second line of defence, for writes that leave no trace in
+  // a tensor's version counter.
   bool same_words(const uint32_t* words) const;
-  bool same_values(const float* weight) const;
 
-  // Forget the gathered values: the weights have changed.
-  void invalidate_values();
+  // Forget the gathered values, unless they come from this address at this version and a sample of them is still there.
+  // `same`: the tensor is the one of the last call.
+  void use_weight(const float* weight, int64_t version, bool same);
 
   // x [batch, columns] with rows x_stride apart, weight [rows, columns], bias [rows] or null, y [batch, rows]. The
   // weight is read only if values are missing. tile: vectors of batch per feature, 0 to choose.

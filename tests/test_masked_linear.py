@@ -225,6 +225,18 @@ def test_cpu_parity(cpu, isa, shape, density):
         assert_parity(*sparse_sample(batch, *shape, density))
 
 
+@pytest.mark.parametrize("gathers", [0, 1])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 1.0])
+def test_one_sample_with_gathers_and_with_loads(cpu, isa, gathers, density):
+    extension = _ext.extension()
+    extension.cpu_set_gathers(gathers)
+    try:
+        for inputs in (1, 7, 33, 500):
+            assert_parity(*sparse_sample(1, inputs, 19, density))
+    finally:
+        extension.cpu_set_gathers(-1)
+
+
 def test_cpu_parity_at_every_tile_edge(cpu, isa):
     for batch in range(1, 131):
         assert_parity(*sparse_sample(batch, 70, 40, 0.2, seed=batch))

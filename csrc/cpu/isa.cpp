@@ -11,6 +11,7 @@ namespace {
 
 constexpr Isa kAll[] = {Isa::kAvx512, Isa::kAvx2, Isa::kPortable};  // best first
 std::atomic<int> current{-1};                                       // -1: not decided yet
+std::atomic<int> gathers_wish{-1};
 
 std::string available() {
   std::string names;
@@ -53,6 +54,19 @@ bool has_isa(Isa isa) {
 #endif
   return isa == Isa::kPortable;
 }
+
+bool gathers() {
+  const int wish = gathers_wish.load(std::memory_order_relaxed);
+  if (wish >= 0) return wish != 0;
+#if defined(__x86_64__)
+  static const bool fast = (__builtin_cpu_init(), !__builtin_cpu_is("amd"));
+  return fast;
+#else
+  return false;
+#endif
+}
+
+void set_gathers(int wish) { gathers_wish.store(wish, std::memory_order_relaxed); }
 
 int max_threads() { return omp_get_max_threads(); }
 

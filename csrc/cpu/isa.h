@@ -19,6 +19,13 @@ const char* isa_name(Isa isa);
 // Whether this CPU (and this build) can run it.
 bool has_isa(Isa isa);
 
+// Whether one gather of many elements is faster here than a load of each. Not on AMD: Zen decodes a gather of 16 into
+// some 80 operations (25 cycles on Zen 4, against 15 for sixteen loads).
+bool gathers();
+
+// 1, 0, or -1 to ask the CPU: tests run both ways on one machine.
+void set_gathers(int wish);
+
 // The threads that a kernel may use: what torch.set_num_threads says, as long as there is one OpenMP pool in the
 // process.
 int max_threads();

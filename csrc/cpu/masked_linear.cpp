@@ -31,19 +31,21 @@ constexpr int64_t kMaxPanel = 65536;     // an index in a panel has 16 bits
 constexpr int64_t kSmallWork = 1 << 17;  // multiply-adds below which waking other threads costs more than it saves
 constexpr uint32_t kAhead = 32;          // survivors whose weights are fetched ahead of their use
 constexpr int64_t kSamples = 64;         // words, weights and dead gradients that are looked at on each call
+constexpr int64_t kRowTile = 2;          // vectors of batch up to which dW is computed row by row
 constexpr double kFewInALine = 0.05;     // density from which on most cache lines hold a survivor
 
 struct Kernels {
   int64_t width, max_tile;
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
+  void (*weight)(const WeightArgs&);
   void (*vector)(const VectorArgs&);
 };
 
 #define SL_KERNELS(ns)                                                                                              \
   Kernels {                                                                                                         \
     ns::masked_linear_width(), ns::masked_linear_max_tile(), ns::masked_linear_forward, ns::masked_linear_backward, \
-        ns::masked_linear_vector                                                                                    \
+        ns::masked_linear_weight, ns::masked_linear_vector                                                          \
   }
 
 Kernels kernels(int64_t batch) {
@@ -181,6 +183,8 @@ struct MaskedLinearPlan::Impl {
   std::vector<uint64_t> sample_weight, sample_dead;
   std::vector<float> sample_value;
   bool has_sample = false;
+  const float* weight = nullptr;  // whose values were gathered, never read through this
+  int64_t weight_version = -1;
   std::mutex lock;
 
   int64_t count() const { return offsets.back(); }
@@ -262,15 +266,15 @@ struct MaskedLinearPlan::Impl {
   // dw [rows, columns] from the survivors' gradients: every element is written, so that fresh or reused memory will do,
   // unless the dead ones are zero already.
   void scatter(const float* compact, float* dw, bool is_zero) const {
+    const auto put = [&](int64_t i, float* row) {
+      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) row[column[k]] = compact[where[k]];
+    };
     const bool streams = can_stream(dw);
     // Where survivors are in most cache lines, streaming past the caches beats reading each line to change it.
     if (is_zero && (!streams || density() < kFewInALine) && is_zero_off_the_mask(dw)) {
       const int few = thread_count(count());
 #pragma omp parallel for schedule(static) num_threads(few) if (few > 1)
-      for (int64_t i = 0; i < rows; i++) {
-        float* row = dw + i * columns;
-        for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) row[column[k]] = compact[where[k]];
-      }
+      for (int64_t i = 0; i < rows; i++) put(i, dw + i * columns);
       return;
     }
     const int threads = thread_count(rows * columns);
@@ -282,7 +286,7 @@ struct MaskedLinearPlan::Impl {
         float* target = dw + i * columns;
         float* row = streams ? scratch.data() : target;
         if (!streams) std::memset(row, 0, columns * sizeof(float));
-        for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) row[column[k]] = compact[where[k]];
+        put(i, row);
         if (streams) {
           stream(row, target);
           for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) row[column[k]] = 0;
@@ -373,18 +377,17 @@ bool MaskedLinearPlan::same_words(const uint32_t* words) const {
   return true;
 }
 
-bool MaskedLinearPlan::same_values(const float* weight) const {
-  const Impl& m = *impl_;
-  for (size_t i = 0; m.has_sample && i < m.sample_weight.size(); i++) {
-    // Bytes, not values: a NaN is like itself.
-    if (std::memcmp(&weight[m.sample_weight[i]], &m.sample_value[i], sizeof(float)) != 0) return false;
-  }
-  return true;
-}
-
-void MaskedLinearPlan::invalidate_values() {
+void MaskedLinearPlan::use_weight(const float* weight, int64_t version, bool same) {
   Impl& m = *impl_;
   std::lock_guard<std::mutex> guard(m.lock);
+  same = same && weight == m.weight && version == m.weight_version;
+  for (size_t i = 0; same && m.has_sample && i < m.sample_weight.size(); i++) {
+    // Bytes, not values: a NaN is like itself.
+    same = std::memcmp(&weight[m.sample_weight[i]], &m.sample_value[i], sizeof(float)) == 0;
+  }
+  if (same) return;
+  m.weight = weight;
+  m.weight_version = version;
   m.panelled.has_values = m.whole.has_values = m.transposed.has_values = m.has_sample = false;
 }
 
@@ -398,7 +401,7 @@ void MaskedLinearPlan::forward(const float* x, int64_t x_stride, int64_t batch, 
   if (batch == 1 && m.columns <= kMaxPanel && tile == 0) {
     m.build_rows(m.whole, std::min<int64_t>(64, block_for(m.rows)), kMaxPanel, nullptr);
     m.gather_whole(weight);
-    kernels(std::numeric_limits<int64_t>::max()).vector({m.whole.layout, x, bias, y, threads});
+    kernels(std::numeric_limits<int64_t>::max()).vector({m.whole.layout, x, bias, y, gathers(), threads});
     return;
   }
   m.build_rows(m.panelled, block_for(m.rows), m.panel(), &m.panelled_where);
@@ -415,11 +418,18 @@ void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const fl
                                 const float* weight, float* dx, float* dw, float* db, int64_t tile, bool dw_is_zero) {
   Impl& m = *impl_;
   std::lock_guard<std::mutex> guard(m.lock);
-  m.build_columns();
-  if (dx != nullptr) m.gather(weight, false, true);
   const Kernels k = kernels(batch);
+  const bool by_rows = dw != nullptr && batch > 0 && batch <= kRowTile * k.width && tile == 0 && !m.can_stream(dw);
+  if (dx != nullptr || !by_rows) m.build_columns();
+  if (dx != nullptr) m.gather(weight, false, true);
+  SparseLayout columns = m.transposed.layout;
+  if (dx == nullptr && by_rows) {  // no walk, only packing
+    columns = SparseLayout{};
+    columns.lines = m.columns;
+    columns.minors = m.rows;
+  }
   const int threads = thread_count(m.count() * batch);
-  float* compact = dw != nullptr ? workspace.dw.reserve(m.count()) : nullptr;
+  float* compact = dw != nullptr && !by_rows ? workspace.dw.reserve(m.count()) : nullptr;
   if (batch == 0) {
     if (dw != nullptr) std::fill_n(compact, m.count(), 0.f);
     if (db != nullptr) std::fill_n(db, m.rows, 0.f);
@@ -428,11 +438,15 @@ void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const fl
     float* x_tile = dw != nullptr ? workspace.x.reserve(m.columns * vectors * k.width) : nullptr;
     float* g_tile = workspace.y.reserve(m.rows * vectors * k.width);
     float* dx_tile = dx != nullptr ? workspace.dx.reserve(m.columns * vectors * k.width) : nullptr;
-    k.backward({m.transposed.layout, count, vectors, x + first * x_stride, x_stride, grad + first * grad_stride,
-                grad_stride, dx != nullptr ? dx + first * m.columns : nullptr, compact, db, first > 0, x_tile, g_tile,
+    k.backward({columns, count, vectors, x + first * x_stride, x_stride, grad + first * grad_stride, grad_stride,
+                dx != nullptr ? dx + first * m.columns : nullptr, compact, by_rows, db, first > 0, x_tile, g_tile,
                 dx_tile, threads});
+    if (by_rows) {
+      const bool clear = !dw_is_zero || !m.is_zero_off_the_mask(dw);
+      k.weight({m.rows, m.columns, m.offsets.data(), m.column.get(), vectors, x_tile, g_tile, dw, clear, threads});
+    }
   });
-  if (dw != nullptr) m.scatter(compact, dw, dw_is_zero);
+  if (dw != nullptr && !by_rows) m.scatter(compact, dw, dw_is_zero);
 }
 
 }  // namespace sl::cpu

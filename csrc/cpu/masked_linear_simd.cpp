@@ -260,7 +260,7 @@ template <int T, bool DX, bool DW>
 void backward(const BackwardArgs& a) {
   const SparseLayout& m = a.columns;
   const int64_t row_slices = (m.minors + kPackFeatures - 1) / kPackFeatures;
-  const int64_t column_slices = DW ? (m.lines + kPackFeatures - 1) / kPackFeatures : 0;
+  const int64_t column_slices = DW || a.pack_x ? (m.lines + kPackFeatures - 1) / kPackFeatures : 0;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   for (int64_t row = 0; row < a.batch; row += T * kWidth) {
     const int64_t rows = smaller(T * kWidth, a.batch - row);
@@ -291,12 +291,90 @@ void backward_any(const BackwardArgs& a) {
     backward<T, true, true>(a);
   } else if (a.dx != nullptr) {
     backward<T, true, false>(a);
-  } else {
+  } else if (a.dw != nullptr) {
     backward<T, false, true>(a);
+  } else {
+    backward<T, false, false>(a);
   }
 }
 
-SL_INLINE float dot(const uint16_t* index, const float* value, uint32_t s, uint32_t e, const float* x) {
+template <int T>
+void weight(const WeightArgs& a) {
+#pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
+  for (int64_t i = 0; i < a.rows; i++) {
+    float* row = a.dw + i * a.columns;
+    if (a.clear) memset(row, 0, a.columns * sizeof(float));
+    V g[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) g[t] = load(a.g_tile + (i * T + t) * kWidth);
+    for (uint32_t k = a.offsets[i]; k < a.offsets[i + 1]; k += kWidth) {
+      const int n = (int)smaller(kWidth, a.offsets[i + 1] - k);
+      V r[kWidth];
+#pragma GCC unroll 16
+      for (int u = 0; u < kWidth; u++) {
+        if (u >= n) {
+          r[u] = zero();
+          continue;
+        }
+        const float* x = a.x_tile + (int64_t)a.column[k + u] * (T * kWidth);
+        r[u] = mul(g[0], load(x));
+#pragma GCC unroll 8
+        for (int t = 1; t < T; t++) r[u] = fma(g[t], load(x + t * kWidth), r[u]);
+      }
+      alignas(64) float sums[kWidth];
+      store(sums, row_sums(r));
+      for (int u = 0; u < n; u++) row[a.column[k + u]] = sums[u];
+    }
+  }
+}
+
+#if defined(SL_ISA_AVX512) || defined(SL_ISA_AVX2)
+// x at eight places, by loads of one element each.
+SL_INLINE __m256 pick(const float* x, const uint16_t* index) {
+  uint64_t low, high;
+  memcpy(&low, index, 8);
+  memcpy(&high, index + 4, 8);
+  const auto four = [x](uint64_t i) __attribute__((always_inline)) {
+    __m128 v = _mm_load_ss(x + (uint16_t)i);
+    v = _mm_insert_ps(v, _mm_load_ss(x + (uint16_t)(i >> 16)), 0x10);
+    v = _mm_insert_ps(v, _mm_load_ss(x + (uint16_t)(i >> 32)), 0x20);
+    return _mm_insert_ps(v, _mm_load_ss(x + (uint16_t)(i >> 48)), 0x30);
+  };
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(four(low)), four(high), 1);
+}
+
+SL_INLINE float dot_loads(const uint16_t* index, const float* value, uint32_t s, uint32_t e, const float* x) {
+  __m256 a = _mm256_setzero_ps(), b = a;
+  uint32_t k = s;
+  for (; k + 16 <= e; k += 16) {
+    a = _mm256_fmadd_ps(pick(x, index + k), _mm256_loadu_ps(value + k), a);
+    b = _mm256_fmadd_ps(pick(x, index + k + 8), _mm256_loadu_ps(value + k + 8), b);
+  }
+  if (k + 8 <= e) {
+    a = _mm256_fmadd_ps(pick(x, index + k), _mm256_loadu_ps(value + k), a);
+    k += 8;
+  }
+  a = _mm256_add_ps(a, b);
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  sum = _mm_add_ss(sum, _mm_movehdup_ps(sum));
+  for (; k < e; k++) sum = _mm_fmadd_ss(_mm_load_ss(x + index[k]), _mm_load_ss(value + k), sum);
+  return _mm_cvtss_f32(sum);
+}
+#else
+SL_INLINE float dot_loads(const uint16_t* index, const float* value, uint32_t s, uint32_t e, const float* x) {
+  float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  uint32_t k = s;
+  for (; k + 8 <= e; k += 8) {
+#pragma GCC unroll 8
+    for (int u = 0; u < 8; u++) sum[u] += value[k + u] * x[index[k + u]];
+  }
+  for (; k < e; k++) sum[0] += value[k] * x[index[k]];
+  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
+#endif
+
+SL_INLINE float dot_gathers(const uint16_t* index, const float* value, uint32_t s, uint32_t e, const float* x) {
 #if defined(SL_ISA_AVX512)
   V a = zero(), b = zero();
   uint32_t k = s;
@@ -314,15 +392,23 @@ SL_INLINE float dot(const uint16_t* index, const float* value, uint32_t s, uint3
   }
   return _mm512_reduce_add_ps(add(a, b));
 #else
-  float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  uint32_t k = s;
-  for (; k + 8 <= e; k += 8) {
-#pragma GCC unroll 8
-    for (int u = 0; u < 8; u++) sum[u] += value[k + u] * x[index[k + u]];
-  }
-  for (; k < e; k++) sum[0] += value[k] * x[index[k]];
-  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+  return dot_loads(index, value, s, e, x);
 #endif
+}
+
+template <bool GATHERS>
+void vector(const VectorArgs& a) {
+  const SparseLayout& m = a.rows;
+#pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
+  for (int64_t block = 0; block < m.blocks; block++) {
+    const int64_t first = block * m.block;
+    for (int64_t r = first; r < smaller(first + m.block, m.lines); r++) {
+      const uint32_t line = m.line[r];
+      const float sum = GATHERS ? dot_gathers(m.index, m.value, m.begin[r], m.begin[r + 1], a.x)
+                                : dot_loads(m.index, m.value, m.begin[r], m.begin[r + 1], a.x);
+      a.y[line] = a.bias != nullptr ? a.bias[line] + sum : sum;
+    }
+  }
 }
 
 }  // namespace
@@ -376,17 +462,8 @@ void masked_linear_backward(const BackwardArgs& a) {
   }
 }
 
-void masked_linear_vector(const VectorArgs& a) {
-  const SparseLayout& m = a.rows;
-#pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
-  for (int64_t block = 0; block < m.blocks; block++) {
-    const int64_t first = block * m.block;
-    for (int64_t r = first; r < smaller(first + m.block, m.lines); r++) {
-      const uint32_t line = m.line[r];
-      const float sum = dot(m.index, m.value, m.begin[r], m.begin[r + 1], a.x);
-      a.y[line] = a.bias != nullptr ? a.bias[line] + sum : sum;
-    }
-  }
-}
+void masked_linear_weight(const WeightArgs& a) { return a.tile == 1 ? weight<1>(a) : weight<2>(a); }
+
+void masked_linear_vector(const VectorArgs& a) { return a.gathers ? vector<true>(a) : vector<false>(a); }
 
 }  // namespace sl::cpu::SL_ISA

@@ -41,10 +41,24 @@ struct BackwardArgs {
   int64_t grad_stride;
   float* dx;               // [batch, columns] or null
   float* dw;               // [count] in the order of `columns`, or null
+  bool pack_x;             // x_tile is wanted although dw is null
   float* db;               // [rows] or null
   bool add;                // to dw and db of an earlier part of the batch
   float *x_tile, *g_tile;  // workspace [columns * T * width], [rows * T * width]
   float* dx_tile;          // workspace [columns * T * width]
+  int threads;
+};
+
+// dW row by row, straight into the dense gradient: for batches of one small tile, where walking the columns for dX and
+// dW at once saves few loads and the way from column order to row order costs more.
+struct WeightArgs {
+  int64_t rows, columns;
+  const uint32_t* offsets;  // [rows + 1]: the survivors of each row
+  const uint32_t* column;   // [count]
+  int64_t tile;
+  const float *x_tile, *g_tile;  // as a backward pass has left them
+  float* dw;                     // [rows, columns]
+  bool clear;                    // the dead places, too
   int threads;
 };
 
@@ -54,6 +68,7 @@ struct VectorArgs {
   const float* x;
   const float* bias;
   float* y;
+  bool gathers;  // this CPU's gather instructions are faster than eight loads
   int threads;
 };
 
@@ -63,6 +78,7 @@ struct VectorArgs {
   int64_t masked_linear_max_tile();                 \
   void masked_linear_forward(const ForwardArgs&);   \
   void masked_linear_backward(const BackwardArgs&); \
+  void masked_linear_weight(const WeightArgs&);     \
   void masked_linear_vector(const VectorArgs&);     \
   }
 

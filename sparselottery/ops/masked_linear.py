@@ -78,7 +78,7 @@ class _Index:
     optimizer that works that way (it changes nearly everything), though not the change of a single element.
     """
 
-    __slots__ = ("bucket", "gradient", "plan", "ref", "shape", "version", "weight", "weight_version")
+    __slots__ = ("bucket", "gradient", "plan", "ref", "shape", "version", "weight")
 
     def __init__(self, words, shape):
         key = id(words)
@@ -88,26 +88,18 @@ class _Index:
         total = shape[0] * shape[1]
         self.bucket = dispatch.density_bucket(bitmask.count(words) / total) if total else 0
         self.plan = None
-        self.weight = self.weight_version = None
+        self.weight = None
         self.gradient = _Memory()
 
     def plan_for(self, words, weight):
         """The index with this weight's values, or with none, so that they will be gathered."""
         words = words.contiguous()
-        address = weight.data_ptr()
-        if self.plan is None or not self.plan.same_words(words.data_ptr()):
+        same = self.weight is not None and self.weight() is weight
+        if not same:
+            self.weight = weakref.ref(weight)
+        if self.plan is None or not self.plan.use(words.data_ptr(), weight.data_ptr(), weight._version, same):
             self.plan = _ext.extension().CpuMaskedLinearPlan(words.data_ptr(), *self.shape)
-        elif (
-            self.weight is None
-            or self.weight() is not weight
-            or self.weight_version != (weight._version, address)
-            or not self.plan.same_values(address)
-        ):
-            self.plan.invalidate_values()
-        else:
-            return self.plan
-        self.weight = weakref.ref(weight)
-        self.weight_version = (weight._version, address)
+            self.plan.use(words.data_ptr(), weight.data_ptr(), weight._version, False)
         return self.plan
 
 
@@ -167,7 +159,8 @@ def _index(words, shape):
 
 def _plan(words, weight, shape):
     if words.is_inference() or weight.is_inference():  # no version counter: nothing may outlive the call
-        return _ext.extension().CpuMaskedLinearPlan(words.contiguous().data_ptr(), *shape)
+        words = words.contiguous()
+        return _ext.extension().CpuMaskedLinearPlan(words.data_ptr(), *shape)
     return _index(words, shape).plan_for(words, weight)
 
 
@@ -181,7 +174,7 @@ def _cpu(x, weight, words, bias):
     weight = weight.contiguous()
     shape = tuple(weight.shape)
     rows = _unit_rows(x)
-    y = torch.empty(rows.shape[0], shape[0], dtype=torch.float32, device="cpu")
+    y = rows.new_empty(rows.shape[0], shape[0])
     bias = bias.contiguous() if bias is not None else None
     _plan(words, weight, shape).forward(
         rows.data_ptr(),
@@ -204,7 +197,7 @@ def _cpu_backward(grad, x, weight, words, output_mask, watched=False):
     plan = _plan(words, weight, shape)
     rows = _unit_rows(grad)
     inputs = _unit_rows(x) if output_mask[1] else None
-    dx = torch.empty(*grad.shape[:-1], shape[1], dtype=torch.float32, device="cpu") if output_mask[0] else _none(grad)
+    dx = grad.new_empty(*grad.shape[:-1], shape[1]) if output_mask[0] else _none(grad)
     memory, is_zero = None, False
     if not output_mask[1]:
         dw = _none(grad)
@@ -213,7 +206,7 @@ def _cpu_backward(grad, x, weight, words, output_mask, watched=False):
     else:
         memory = _index(words, shape).gradient
         dw, is_zero = memory.lend(shape, plan)
-    db = torch.empty(shape[0], dtype=torch.float32, device="cpu") if output_mask[2] else _none(grad)
+    db = grad.new_empty(shape[0]) if output_mask[2] else _none(grad)
     plan.backward(
         rows.data_ptr(),
         rows.stride(0),
