@@ -236,4 +236,20 @@ PYBIND11_MODULE(_C, m) {
     sl::cpu::packed_gather(as<const void>(dense), item_size, as<const uint32_t>(words), sizes.size(), sizes.data(),
                            strides.data(), as<void>(values), count);
   });
+#ifdef SPARSELOTTERY_CUDA
+  m.def("cuda_packed_counts", [](uintptr_t words, int64_t count, uintptr_t counts, uintptr_t stream) {
+    sl::cuda::packed_counts(as<const uint32_t>(words), count, as<int64_t>(counts), as<void>(stream));
+  });
+  m.def("cuda_packed_expand", [](uintptr_t values, int64_t count, int64_t item_size, uintptr_t words, uintptr_t offsets,
+                                 int64_t rows, int64_t columns, uintptr_t dense, uintptr_t stream) {
+    sl::cuda::packed_expand(as<const void>(values), count, item_size, as<const uint32_t>(words),
+                            as<const int64_t>(offsets), rows, columns, as<void>(dense), as<void>(stream));
+  });
+  m.def("cuda_packed_gather", [](uintptr_t dense, int64_t item_size, uintptr_t words, uintptr_t offsets,
+                                 const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                                 uintptr_t values, int64_t count, uintptr_t stream) {
+    sl::cuda::packed_gather(as<const void>(dense), item_size, as<const uint32_t>(words), as<const int64_t>(offsets),
+                            sizes.size(), sizes.data(), strides.data(), as<void>(values), count, as<void>(stream));
+  });
+#endif
 }

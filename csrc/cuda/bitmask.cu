@@ -4,28 +4,10 @@
 #include "../bitmask.h"
 #include "../common.h"
 #include "launch.cuh"
+#include "strides.cuh"
 
 namespace sl::cuda {
 namespace {
-
-constexpr int kMaxDims = 8;
-
-// Strides of a weight tensor. `inner` dimensions are sizes[1..dims): columns are split over them.
-struct Strides {
-  int dims;
-  int64_t sizes[kMaxDims];
-  int64_t strides[kMaxDims];
-
-  __device__ int64_t offset(int64_t row, int64_t column) const {
-    int64_t at = row * strides[0];
-    for (int d = dims - 1; d > 1; --d) {
-      const int64_t outer = column / sizes[d];
-      at += (column - outer * sizes[d]) * strides[d];
-      column = outer;
-    }
-    return at + column * strides[1];
-  }
-};
 
 __global__ void __launch_bounds__(kBlock) pack(const uint8_t* dense, Layout layout, uint32_t* words) {
   const int lane = lane_id();
@@ -98,10 +80,6 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-Layout layout_of(int64_t rows, int64_t columns) {
-  return {columns, words_per_row(columns), rows * words_per_row(columns)};
-}
-
 void count_into(const uint32_t* a, const uint32_t* b, int64_t words, int64_t* out, void* stream) {
   fill_zero(out, sizeof(*out), stream);
   if (words == 0) return;
@@ -145,17 +123,9 @@ void bitmask_apply(void* weights, int64_t item_size, const uint32_t* words, int6
   if (dims < 2 || dims > kMaxDims) {
     throw std::invalid_argument("bitmask_apply: expected 2 to 8 dimensions, got " + std::to_string(dims));
   }
-  Strides where{};
-  where.dims = static_cast<int>(dims);
-  int64_t columns = 1, dense_stride = 1;
-  bool contiguous = true;
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    where.sizes[d] = sizes[d];
-    where.strides[d] = strides[d];
-    if (sizes[d] != 1 && strides[d] != dense_stride) contiguous = false;
-    dense_stride *= sizes[d];
-    if (d > 0) columns *= sizes[d];
-  }
+  Strides where;
+  int64_t columns;
+  const bool contiguous = strides_of(dims, sizes, strides, where, columns);
   const Layout layout = layout_of(sizes[0], columns);
   if (layout.words == 0) return;
   switch (item_size) {

@@ -13,12 +13,12 @@ HERE = Path(__file__).resolve().parent
 FLAGS = "-std=c++20 -g -fPIC -U_FORTIFY_SOURCE -Wall -Wextra -Wno-unknown-pragmas -DHOST_CUDA -DSL_BLOCK_THREADS=64"
 
 
-def build(main: str, *extra: str) -> Path:
-    """The compiled `main` (a file beside this one) together with every csrc/cuda/*.cu; made again only if a source changed.
+def build(main: str, *extra: str, kernels: str = "*") -> Path:
+    """The compiled `main` (a file beside this one) together with csrc/cuda/`kernels`.cu; made again only if a source changed.
 
     Several test processes may ask at once: one compiles, the others wait.
     """
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / main]
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob(f"{kernels}.cu")), HERE / main]
     inputs = sorted(
         {*sources, *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cuh"), *HERE.glob("*.h")}
     )
