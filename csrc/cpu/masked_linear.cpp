@@ -174,7 +174,7 @@ int64_t block_for(int64_t lines) {
 struct MaskedLinearPlan::Impl {
   int64_t rows, columns, words_per_line;
   std::vector<uint32_t> offsets;   // [rows + 1]: the mask, row by row
-  Array<uint32_t> column;          // [count]
+  Array<uint32_t> position;        // [count]: where a survivor stands in the dense weight, row by row
   Order panelled, whole;           // rows, for batches and for a single sample
   Order transposed;                // columns
   Array<uint32_t> where;           // [count]: where a survivor of the row order stands in `transposed`
@@ -211,14 +211,13 @@ struct MaskedLinearPlan::Impl {
     if (!forward && !backward) return;
     float* rows_value = panelled.value.get();
     float* columns_value = transposed.value.get();
-    const int threads = thread_count(count());
+    const uint32_t survivors = count();
+    const int threads = thread_count(survivors);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) {
-      const float* row = weight + i * columns;
-      const uint32_t s = offsets[i], e = offsets[i + 1];
-      for (uint32_t k = s; k < e; k++) {
-        if (k + kAhead < e) __builtin_prefetch(row + column[k + kAhead]);
-        const float v = row[column[k]];
+      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) {
+        if (k + kAhead < survivors) __builtin_prefetch(weight + position[k + kAhead]);
+        const float v = weight[position[k]];
         if (forward) rows_value[panelled_where[k]] = v;
         if (backward) columns_value[where[k]] = v;
       }
@@ -236,24 +235,31 @@ struct MaskedLinearPlan::Impl {
   void build_rows(Order& order, int64_t block, int64_t panel, Array<uint32_t>* places) {
     if (order.layout.blocks > 0) return;
     uint32_t* place = places != nullptr ? places->reserve(count()) : nullptr;
-    order.build(rows, columns, block, panel, offsets, column.get(), place);
+    std::vector<uint32_t> column(count());
+    for (int64_t i = 0; i < rows; i++) {
+      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++)
+        column[k] = static_cast<uint32_t>(position[k] - i * columns);
+    }
+    order.build(rows, columns, block, panel, offsets, column.data(), place);
   }
 
   void build_columns() {
     if (transposed.layout.blocks > 0) return;
     std::vector<uint32_t> starts(columns + 1, 0), row(count()), place(count());
-    for (int64_t k = 0; k < count(); k++) starts[column[k] + 1]++;
+    for (int64_t i = 0; i < rows; i++) {
+      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) starts[position[k] - i * columns + 1]++;
+    }
     std::partial_sum(starts.begin(), starts.end(), starts.begin());
-    std::vector<uint32_t> cursor(starts.begin(), starts.end() - 1), position(count());
+    std::vector<uint32_t> cursor(starts.begin(), starts.end() - 1), turned(count());
     for (int64_t i = 0; i < rows; i++) {
       for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) {
-        position[k] = cursor[column[k]]++;
-        row[position[k]] = static_cast<uint32_t>(i);
+        turned[k] = cursor[position[k] - i * columns]++;
+        row[turned[k]] = static_cast<uint32_t>(i);
       }
     }
     transposed.build(columns, rows, block_for(columns), panel(), starts, row.data(), place.data());
     where.reserve(count());
-    for (int64_t k = 0; k < count(); k++) where[k] = place[position[k]];
+    for (int64_t k = 0; k < count(); k++) where[k] = place[turned[k]];
   }
   // Minors per panel: few enough that their features stay in the first-level cache while a block of lines goes over
   // them, enough that a line finds a dozen survivors there.
@@ -266,15 +272,17 @@ struct MaskedLinearPlan::Impl {
   // dw [rows, columns] from the survivors' gradients: every element is written, so that fresh or reused memory will do,
   // unless the dead ones are zero already.
   void scatter(const float* compact, float* dw, bool is_zero) const {
-    const auto put = [&](int64_t i, float* row) {
-      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) row[column[k]] = compact[where[k]];
+    const auto put = [&](int64_t i, float* target) {
+      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) {
+        target[position[k]] = compact[where[k]];
+      }
     };
     const bool streams = can_stream(dw);
     // Where survivors are in most cache lines, streaming past the caches beats reading each line to change it.
     if (is_zero && (!streams || density() < kFewInALine) && is_zero_off_the_mask(dw)) {
       const int few = thread_count(count());
 #pragma omp parallel for schedule(static) num_threads(few) if (few > 1)
-      for (int64_t i = 0; i < rows; i++) put(i, dw + i * columns);
+      for (int64_t i = 0; i < rows; i++) put(i, dw);
       return;
     }
     const int threads = thread_count(rows * columns);
@@ -283,14 +291,15 @@ struct MaskedLinearPlan::Impl {
       std::vector<float> scratch(streams ? columns : 0);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < rows; i++) {
-        float* target = dw + i * columns;
-        float* row = streams ? scratch.data() : target;
-        if (!streams) std::memset(row, 0, columns * sizeof(float));
-        put(i, row);
-        if (streams) {
-          stream(row, target);
-          for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) row[column[k]] = 0;
+        if (!streams) {
+          std::memset(dw + i * columns, 0, columns * sizeof(float));
+          put(i, dw);
+          continue;
         }
+        const int64_t first = i * columns;
+        for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) scratch[position[k] - first] = compact[where[k]];
+        stream(scratch.data(), dw + first);
+        for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) scratch[position[k] - first] = 0;
       }
     }
   }
@@ -330,11 +339,11 @@ MaskedLinearPlan::MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t 
     for (int64_t w = 0; w < m.words_per_line; w++) survivors += __builtin_popcount(words[i * m.words_per_line + w]);
     m.offsets[i + 1] = m.offsets[i] + survivors;
   }
-  uint32_t* column = m.column.reserve(m.count());
+  uint32_t* position = m.position.reserve(m.count());
   for (int64_t i = 0; i < rows; i++) {
     for (int64_t w = 0; w < m.words_per_line; w++) {
       for (uint32_t bits = words[i * m.words_per_line + w]; bits != 0; bits &= bits - 1) {
-        *column++ = static_cast<uint32_t>(w * kWordBits + __builtin_ctz(bits));
+        *position++ = static_cast<uint32_t>(i * columns + w * kWordBits + __builtin_ctz(bits));
       }
     }
   }
@@ -344,12 +353,8 @@ MaskedLinearPlan::MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t 
     m.sample_word.push_back(static_cast<uint32_t>(at));
     m.sample_bits.push_back(words[at]);
   }
-  int64_t row = 0;
-  for (int64_t i = 0; i < std::min(kSamples, m.count()); i++) {
-    const int64_t k = i * m.count() / std::min(kSamples, m.count());
-    while (m.offsets[row + 1] <= k) row++;
-    m.sample_weight.push_back(row * columns + m.column[k]);
-  }
+  const int64_t samples = std::min(kSamples, m.count());
+  for (int64_t i = 0; i < samples; i++) m.sample_weight.push_back(m.position[i * m.count() / samples]);
   m.sample_value.resize(m.sample_weight.size());
   // The first dead weight of each of kSamples stretches.
   const auto is_dead = [&](int64_t i) {
@@ -443,7 +448,7 @@ void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const fl
                 dx_tile, threads});
     if (by_rows) {
       const bool clear = !dw_is_zero || !m.is_zero_off_the_mask(dw);
-      k.weight({m.rows, m.columns, m.offsets.data(), m.column.get(), vectors, x_tile, g_tile, dw, clear, threads});
+      k.weight({m.rows, m.columns, m.offsets.data(), m.position.get(), vectors, x_tile, g_tile, dw, clear, threads});
     }
   });
   if (dw != nullptr && !by_rows) m.scatter(compact, dw, dw_is_zero);

@@ -302,13 +302,14 @@ template <int T>
 void weight(const WeightArgs& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
   for (int64_t i = 0; i < a.rows; i++) {
-    float* row = a.dw + i * a.columns;
-    if (a.clear) memset(row, 0, a.columns * sizeof(float));
+    if (a.clear) memset(a.dw + i * a.columns, 0, a.columns * sizeof(float));
     V g[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) g[t] = load(a.g_tile + (i * T + t) * kWidth);
-    for (uint32_t k = a.offsets[i]; k < a.offsets[i + 1]; k += kWidth) {
-      const int n = (int)smaller(kWidth, a.offsets[i + 1] - k);
+    const int64_t first = i * a.columns;
+    const uint32_t end = a.offsets[i + 1];
+    for (uint32_t k = a.offsets[i]; k < end; k += kWidth) {
+      const int n = (int)smaller(kWidth, end - k);
       V r[kWidth];
 #pragma GCC unroll 16
       for (int u = 0; u < kWidth; u++) {
@@ -316,14 +317,14 @@ void weight(const WeightArgs& a) {
           r[u] = zero();
           continue;
         }
-        const float* x = a.x_tile + (int64_t)a.column[k + u] * (T * kWidth);
+        const float* x = a.x_tile + (a.position[k + u] - first) * (T * kWidth);
         r[u] = mul(g[0], load(x));
 #pragma GCC unroll 8
         for (int t = 1; t < T; t++) r[u] = fma(g[t], load(x + t * kWidth), r[u]);
       }
       alignas(64) float sums[kWidth];
       store(sums, row_sums(r));
-      for (int u = 0; u < n; u++) row[a.column[k + u]] = sums[u];
+      for (int u = 0; u < n; u++) a.dw[a.position[k + u]] = sums[u];
     }
   }
 }

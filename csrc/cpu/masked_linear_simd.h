@@ -53,8 +53,8 @@ struct BackwardArgs {
 // dW at once saves few loads and the way from column order to row order costs more.
 struct WeightArgs {
   int64_t rows, columns;
-  const uint32_t* offsets;  // [rows + 1]: the survivors of each row
-  const uint32_t* column;   // [count]
+  const uint32_t* offsets;   // [rows + 1]: the survivors of each row
+  const uint32_t* position;  // [count]: where they stand in dw
   int64_t tile;
   const float *x_tile, *g_tile;  // as a backward pass has left them
   float* dw;                     // [rows, columns]
