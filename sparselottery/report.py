@@ -213,7 +213,8 @@ def _learning_curves(levels: list[dict], records: list[dict]) -> tuple[str, str,
     )
     curves: dict = defaultdict(lambda: defaultdict(list))
     for r in records:
-        if r.get("level") in chosen and r.get(key) is not None and r.get("kind") in ("ticket", "reinit"):
+        drawable = r["iteration"] is not None and r.get(key) is not None
+        if drawable and r.get("level") in chosen and r.get("kind") in ("ticket", "reinit"):
             curves[r["level"], r["kind"]][r["iteration"]].append(100 * r[key])
     from matplotlib import colormaps
 

@@ -80,7 +80,10 @@ def test_one_shot(tmp_path, capsys):
     [
         (["imp", "--rate", "1.5"], "rate"),
         (["imp", "--rounds", "-1"], "rounds"),
-        (["imp", "--budget", "soon"], "budget"),
+        (["imp", "--budget", "soon"], 'budget: expected iterations or a string such as "500it" or "2ep", got \'soon\''),
+        (["imp", "--split-seed", str(10**30)], "split_seed: expected a seed from 0 to 2**64 - 1"),
+        (["imp", "--split-seed", "-1"], "split_seed: expected a seed from 0 to 2**64 - 1"),
+        (["imp", "--seeds", str(10**12)], "seeds: expected 1 to 10000 trials"),
         (["imp", "--data", "mnist"], "mnist"),
         (["imp", "--data", "mnist", "--data-root", "/nonexistent"], "/nonexistent"),
         (["imp", "--rewind", "3 weeks"], "rewind"),

@@ -52,6 +52,11 @@ def test_what_a_fit_may_return():
     assert History.of(history.to_json()).records[0] == RECORDS[0]
     single = History.of({"test_accuracy": torch.tensor(0.5), "early_stop_iteration": 7, "extra": "ignored"})
     assert single.records == [Record(7, test_accuracy=0.5)]
+    unsaid = History.of({"test_accuracy": 0.5, "validation_loss": 1.0})
+    assert unsaid.validation_loss == 1.0 and unsaid.test_accuracy == 0.5 and unsaid.early_stop_iteration is None
+    assert History.from_json(json.loads(json.dumps(unsaid.to_json()))) == unsaid
+    with pytest.raises(ValueError, match="iteration: expected one at or after the first evaluation"):
+        unsaid.at(10)
     weights = {"w": torch.ones(1)}
     assert History.of({"test_accuracy": 1, "snapshot": weights}).snapshot is weights
 
@@ -69,10 +74,17 @@ def test_steps(step, expected):
     assert parse_step(step, 20) == expected
 
 
-@pytest.mark.parametrize("step", ["", "500", "it", "5it2ep", "-3it", "2 ep", -1])
+@pytest.mark.parametrize("step", ["", "5 00", "it", "5it2ep", "-3it", "2 ep", -1])
 def test_steps_that_are_none(step):
     with pytest.raises(ValueError, match="rewind: expected"):
         parse_step(step, 20, "rewind")
+
+
+def test_a_number_typed_without_a_unit_counts_iterations():
+    assert parse_step("4") == 4 and parse_step("0") == 0
+    for step in ("4 it", "-4", "4.0", "2ep4", ""):
+        with pytest.raises(ValueError, match="step: expected iterations or a string"):
+            parse_step(step, 20)
 
 
 def test_steps_of_other_types_and_unknown_epochs():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import sparselottery as sl
+from sparselottery import report
 from sparselottery.experiments import models
 from sparselottery.tickets.controls import random_mask, reinit, shuffle
 from sparselottery.tickets.result import found_level, interval
@@ -209,6 +210,18 @@ def test_a_plain_loop_and_a_model_without_a_seed():
     assert torch.equal(positional.ticket().initial["0.weight"], make_model(0)[0].weight)
 
 
+def test_validation_without_an_iteration_is_no_early_stop_at_0():
+    def fit(model, *, seed, budget):
+        return {"test_accuracy": 0.5, "validation_loss": 1.0, "validation_accuracy": 0.25}
+
+    done = sl.imp(make_model, fit, rounds=1, seeds=[0, 2**64 - 1], controls=("reinit",))
+    assert "early_stop_iteration" not in done.levels[1]["ticket"]
+    assert done.levels[1]["reinit"]["validation_loss"]["mean"] == 1 and done.found["level"] == 1
+    lines = [json.loads(line) for line in (done.run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and all(line["iteration"] is None and line["test_accuracy"] == 0.5 for line in lines)
+    report.write_report(done.run)
+
+
 ONE_MODEL = nn.Sequential(nn.Linear(4, 4))
 
 
@@ -270,9 +283,17 @@ class Halfway:
         ({"exclude": "head"}, ValueError, "exclude: no module is called 'head'"),
         ({"make_model": lambda: make_model(0)}, ValueError, "make_model: gives the same initial values for every seed"),
         ({"make_model": lambda: ONE_MODEL}, ValueError, "make_model: expected a new model at every call"),
-        ({"seeds": 0}, ValueError, "seeds: expected at least 1"),
+        ({"seeds": 0}, ValueError, "seeds: expected 1 to 10000 trials, or a list of seeds, got 0"),
+        ({"seeds": 10**12}, ValueError, "seeds: expected 1 to 10000 trials"),
+        (
+            {"seeds": [0, 2**64]},
+            ValueError,
+            r"seeds\[1\]: expected a seed from 0 to 2\*\*64 - 1, got 18446744073709551616",
+        ),
+        ({"seeds": [-1]}, ValueError, r"seeds\[0\]: expected a seed from 0 to"),
+        ({"seeds": "12"}, TypeError, "seeds: expected how many, or a list of ints"),
         ({"seeds": [1, 1]}, ValueError, "seeds: expected at least one and each once"),
-        ({"seeds": [0.5]}, TypeError, "seeds: expected how many, or a list of ints"),
+        ({"seeds": [0.5]}, TypeError, r"seeds\[0\]: expected an int, got float"),
         ({"workers": 0}, ValueError, "workers: expected at least 1"),
         ({"repeats": 1.5}, TypeError, "repeats: expected an int, got float"),
         (

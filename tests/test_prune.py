@@ -140,6 +140,13 @@ def test_density_of_single_layers():
     assert {n: r.kept for n, r in report.layers.items()} == {"conv1": 216, "conv2": 576, "fc": 360, "out": 67}
 
 
+def test_exclude_may_be_a_generator():
+    model, other = convnet(), convnet()
+    report = sl.prune(model, density=0.1, exclude=(name for name in ("conv1", "out")))
+    assert report.layers == sl.prune(other, density=0.1, exclude=("conv1", "out")).layers
+    assert "out" not in report.layers and "conv1" not in report.layers
+
+
 def test_exclude_is_neither_pruned_nor_counted():
     model = convnet()
     report = sl.prune(model, density=0.1, exclude=(nn.Conv2d, "out"))

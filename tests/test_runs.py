@@ -74,6 +74,36 @@ def test_a_lost_ticket_is_made_again(uninterrupted):
     assert contents(result.run) == files
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "another's"])
+def test_a_damaged_ticket_is_made_again(uninterrupted, how):
+    result, files = uninterrupted
+    path = result.run / "tickets" / "seed0-level01.safetensors"
+    if how == "flipped":
+        flip(path)
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        path.write_bytes(files["tickets/seed1-level01.safetensors"])
+    events = []
+    runs.run_imp(SMALL, result.run.parent, workers=1, progress=events.append)
+    assert contents(result.run) == files and events[0]["done"] == JOBS - 1
+    store.Store(result.run).verify()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"levels": [{"lev', b"\xff\x00", b"[]"])
+def test_a_damaged_result_is_made_again(uninterrupted, content):
+    result, files = uninterrupted
+    (result.run / "result.json").write_bytes(content)
+    again = runs.run_imp(SMALL, result.run.parent, workers=1)
+    assert again.levels == result.levels and contents(result.run) == files
+
+
 class Killed(BaseException):
     """As sudden as a signal: nobody catches it."""
 
@@ -185,6 +215,12 @@ def test_names_leave_defaults_out():
     assert runs.name("imp", hparams.Imp()) == "imp-44136fa355"  # of {}: a field added later must not rename it
     assert runs.name("imp", replace(hparams.Imp(), rounds=3)) != runs.name("imp", hparams.Imp())
     assert hparams.changed(SMALL)["rounds"] == 2 and "lr" not in hparams.changed(SMALL)
+
+
+def test_iterations_with_and_without_their_unit_are_one_run():
+    one, other = hparams.Imp(budget="1200", rewind="50"), hparams.Imp(rewind="50it")
+    assert one == other and runs.name("imp", one) == runs.name("imp", other)
+    assert hparams.Imp(milestones=("600", "2ep")).milestones == ("600it", "2ep")
 
 
 def test_every_field_says_what_it_is():

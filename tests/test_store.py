@@ -38,11 +38,21 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
     store.claim({"rounds": 3, "rates": (1, 2)}, {"python": "3"})
     store.claim({"rounds": 3, "rates": [1, 2]}, {"python": "4"})
     assert store.read("environment.json") == {"python": "4"}
+    store.finish(Job(0, 0), OUTCOME)
     with pytest.raises(ValueError, match=r"out: .*run holds a run with rounds = 3 \(asked: 5\); choose another folder"):
         store.claim({"rounds": 5, "rates": [1, 2]}, {})
     (tmp_path / "run" / "config.json").write_text('{"rounds": ')
     with pytest.raises(ValueError, match=r"config.json: expected JSON, got a damaged file"):
         store.claim({"rounds": 3}, {})
+
+
+def test_a_folder_in_which_nothing_was_finished_can_be_asked_for_something_else(tmp_path):
+    """A first training that fails, by a mistake in `fit` say, must not cost the folder's name."""
+    store = Store(tmp_path)
+    store.claim({"lr": -1}, {})
+    store.ticket(0, 0).write_bytes(b"of the training that failed")
+    store.claim({"lr": 1}, {})
+    assert store.read("config.json") == {"lr": 1} and not store.ticket(0, 0).exists()
 
 
 def test_a_file_in_the_way(tmp_path):

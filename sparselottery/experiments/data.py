@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..training.history import check_seed
+
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images, per channel
 CIFAR_RECORD = 1 + 3 * 32 * 32
 CIFAR_RECORDS = 10_000  # in a file
@@ -48,8 +50,9 @@ class Dataset:
         """(train, validation): `validation` random examples of the training data held out, chosen by `seed`.
 
         Raises:
-            ValueError: nothing would be left to train on.
+            TypeError, ValueError: nothing would be left to train on, or `seed` is out of range.
         """
+        check_seed(seed)
         x, y = self.train
         if not 0 <= validation < len(y):
             raise ValueError(

@@ -26,15 +26,19 @@ class Training:
     momentum: float = _of(0.0, "momentum, for sgd")
     weight_decay: float = _of(0.0, "weight decay")
     batch_size: int = _of(60, "examples in a minibatch")
-    budget: str = _of("1200it", "how long each network is trained: 600it, 20ep")
-    warmup: str = _of("0it", "linear warm-up of the learning rate")
-    milestones: tuple[str, ...] = _of((), "steps from which the learning rate is divided by ten")
+    budget: str = _of("1200it", "how long each network is trained, in iterations (600 or 600it) or epochs (20ep)")
+    warmup: str = _of("0it", "linear warm-up of the learning rate, as long as this")
+    milestones: tuple[str, ...] = _of((), "steps such as 500it or 20ep from which the learning rate is divided by ten")
     validation: int = _of(200, "training examples held out for validation")
     split_seed: int = _of(0, "which examples are held out")
     evaluate_every: int = _of(20, "iterations between evaluations")
     evaluate_test: str = _of(
         "always", "test at every evaluation, or only where validation improved", ("always", "improved")
     )
+
+    def __post_init__(self):
+        for name in {"budget", "warmup", "milestones", "rewind"} & {f.name for f in fields(self)}:
+            object.__setattr__(self, name, _with_unit(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,13 @@ class OneShot(_Search):
     """One-shot pruning."""
 
     densities: tuple[float, ...] = _of((0.5, 0.2, 0.1, 0.05), "fractions of the weights to keep")
+
+
+def _with_unit(step):
+    """A number of iterations as "600it": one run has one name, however it was typed."""
+    if isinstance(step, tuple):
+        return tuple(map(_with_unit, step))
+    return f"{step}it" if str(step).isdecimal() else step
 
 
 # The papers' protocols (Frankle & Carbin, figure 2 and appendices) beside the demo; `replace` what a scale changes.

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..training.history import check_seed
+
 CONV_CHANNELS = {"conv-2": (64, 64), "conv-4": (64, 64, 128, 128), "conv-6": (64, 64, 128, 128, 256, 256)}
 
 
@@ -43,6 +45,7 @@ def make(name: str, input_shape: Sequence[int], classes: int, *, dropout: float 
         raise ValueError(f"dropout: expected a probability of at least 0 and below 1, got {dropout}")
     if dropout and name not in CONV_CHANNELS:
         raise ValueError(f"dropout: expected 0 for {name}, which has none, got {dropout}")
+    check_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MODELS[name](name, tuple(input_shape), classes, dropout)

@@ -12,7 +12,7 @@ from ..tickets.driver import cores
 from ..tickets.imp import imp
 from ..tickets.one_shot import one_shot
 from ..tickets.result import Result
-from ..training.history import History
+from ..training.history import History, check_seed
 from ..training.trainer import Trainer
 from . import data, models
 from .hparams import Imp, OneShot, Training, changed
@@ -31,7 +31,7 @@ class Fit:
     @functools.cached_property
     def trainer(self) -> Trainer:
         h = self.hparams
-        train, validation = self.dataset.split(h.validation, h.split_seed)
+        train, validation = self.dataset.split(h.validation, check_seed(h.split_seed, "split_seed"))
         options = {"weight_decay": h.weight_decay} | ({"momentum": h.momentum} if h.optimizer == "sgd" else {})
         if h.momentum and h.optimizer != "sgd":
             raise ValueError(f"momentum: expected 0 for {h.optimizer}, which has betas, got {h.momentum}")

@@ -288,6 +288,19 @@ def masked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def as_tuple(exclude: Exclude) -> tuple:
+    """What `exclude` lists, to be read more than once; a single name or class is one too.
+
+    Raises:
+        TypeError: it is neither a name, a class nor iterable.
+    """
+    if isinstance(exclude, str | type):
+        return (exclude,)
+    if not isinstance(exclude, Iterable):
+        raise TypeError(f"exclude: expected names or classes, got {type(exclude).__name__}")
+    return tuple(exclude)
+
+
 def excluded_names(model: nn.Module, exclude: Exclude) -> set[str]:
     """The names of the modules that `exclude` means, with everything below them.
 
@@ -295,12 +308,8 @@ def excluded_names(model: nn.Module, exclude: Exclude) -> set[str]:
         TypeError: an entry is neither a name nor a class.
         ValueError: a name or pattern fits no module of the model.
     """
-    if isinstance(exclude, (str, type)):
-        exclude = (exclude,)
-    elif not isinstance(exclude, Iterable):
-        raise TypeError(f"exclude: expected names or classes, got {type(exclude).__name__}")
     names = set()
-    for item in exclude:
+    for item in as_tuple(exclude):
         if not isinstance(item, (str, type)):
             raise TypeError(f"exclude: expected names or classes, got {type(item).__name__}")
         hits = [

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..nn.convert import Exclude, excluded_names, masked_modules, sparsify, unpacked
+from ..nn.convert import Exclude, as_tuple, excluded_names, masked_modules, sparsify, unpacked
 from ..ops import bitmask
 from . import criteria, structures
 from .criteria import Criterion
@@ -146,6 +146,7 @@ def prune(
         rate = _fraction("rate", rate)
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    exclude = as_tuple(exclude)
     sparsify(model, exclude=exclude)
     excluded = excluded_names(model, exclude)
     layers = {name: layer for name, layer in masked_modules(model) if name not in excluded}

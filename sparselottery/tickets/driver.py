@@ -19,12 +19,14 @@ from .. import _ext
 from ..nn.convert import masked_modules, sparsify
 from ..ops import dispatch
 from ..pruning import prune
-from ..training.history import History, parse_step
+from ..training.history import History, check_seed, parse_step
 from . import controls
 from .pool import Pool, check_guarded
 from .result import Result, summary
-from .store import Job, Store
+from .store import Job, Store, sha256
 from .ticket import Ticket
+
+MOST_SEEDS = 10_000  # as a number of trials; who types more than that meant a seed
 
 
 @dataclass(frozen=True)
@@ -121,14 +123,30 @@ def run(
             store.append_metrics(job)
             progress({"event": "job", "done": len(done), "total": len(jobs), **_event(store, job)})
         store.write_metrics(jobs)
-        found = {**(store.read("result.json") or {}), **summary(store, jobs)}  # what was added to it later stays
+        found = {**_before(store), **summary(store, jobs)}
         store.write_result(found)
     return Result(store.folder, found, temporary)
 
 
 def _is_done(plan: Plan, store: Store, job: Job) -> bool:
-    """Its file is there and so are its tickets (a lost one is made again)."""
-    return store.job(job) is not None and all(store.ticket(job.seed, level).is_file() for level in plan.tickets(job))
+    """Its file is there and so are its tickets, as it left them (a lost or damaged one is made again)."""
+    outcome = store.job(job)
+    if outcome is None:
+        return False
+    left = outcome.get("tickets", {})
+    return all(_is_whole(store.ticket(job.seed, level), left.get(str(level))) for level in plan.tickets(job))
+
+
+def _is_whole(path: Path, digest: str | None) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+def _before(store: Store) -> dict:
+    """What result.json says already: what was added to it later stays. A damaged one is made anew from the jobs."""
+    try:
+        return store.read("result.json") or {}
+    except ValueError:
+        return {}
 
 
 def _done(plan: Plan, store: Store, todo: list[Job], done: set[Job], workers: int) -> Iterator[Job]:
@@ -171,20 +189,22 @@ def run_job(plan: Plan, folder: Path, job: Job) -> None:
             start = Ticket.of(model, model)
             history = _fit(plan, model, job, snapshot_at=plan.rewind) if rewinding else _fit(plan, model, job)
             rewound = _snapshot(plan, start, history) if rewinding else start
-            rewound.save(store.ticket(job.seed, 0))
+            saved = {0: rewound.save(store.ticket(job.seed, 0))}
         else:
+            saved = {}
             start = rewound = _start(plan, store, job)
             start.apply(model)
             history = _fit(plan, model, job, start_at=plan.rewind) if rewinding else _fit(plan, model, job)
         for level in filter(None, plan.tickets(job)):
             prune(model, **plan.steps[level - 1])
-            Ticket.of(model, rewound.initial).save(store.ticket(job.seed, level))
+            saved[level] = Ticket.of(model, rewound.initial).save(store.ticket(job.seed, level))
     outcome = {
         "density": start.density,
         "kept": start.count,
         "total": start.total,
         "seconds": round(time.perf_counter() - begin, 3),
         **({"initial": digest(start)} if job.level == 0 else {}),
+        **({"tickets": {level: sha256(path) for level, path in saved.items()}} if saved else {}),
     }
     store.finish(job, {**outcome, "history": history.to_json()})
 
@@ -316,19 +336,16 @@ def check(make_model, fit, seeds, rewind, names, repeats, workers, threads) -> t
                 f"rewind: {rewind!r} needs a fit that takes snapshot_at= and start_at= (sl.Trainer does), {name_of(fit)} does not"
             )
     if isinstance(seeds, int) and not isinstance(seeds, bool):
-        if seeds < 1:
-            raise ValueError(f"seeds: expected at least 1, got {seeds}")
+        if not 1 <= seeds <= MOST_SEEDS:
+            raise ValueError(f"seeds: expected 1 to {MOST_SEEDS} trials, or a list of seeds, got {seeds}")
         return tuple(range(seeds))
-    if not isinstance(seeds, Sequence) or not all(isinstance(s, int) and s >= 0 for s in seeds):
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str):
         raise TypeError(f"seeds: expected how many, or a list of ints from 0 on, got {seeds!r}")
+    for i, seed in enumerate(seeds):
+        check_seed(seed, f"seeds[{i}]")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: expected at least one and each once, got {list(seeds)}")
     return tuple(seeds)
-
-
-def as_tuple(exclude) -> tuple:
-    """What `sl.sparsify` takes as `exclude`: a single name or class is one too."""
-    return (exclude,) if isinstance(exclude, str | type) else tuple(exclude)
 
 
 def as_rates(rates) -> dict:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
+from ..nn.convert import as_tuple
 from ..pruning import prune
 from . import controls as control_kinds
 from . import driver
@@ -64,7 +65,7 @@ def imp(
         TypeError, ValueError: an argument is not as described; the message names it.
     """
     chosen = driver.check(make_model, fit, seeds, rewind, controls, repeats, workers, threads)
-    exclude = driver.as_tuple(exclude)
+    exclude = as_tuple(exclude)
     if rates is None:
         rates = {"output": 0.5} if scope == "layer" else {}
     step = {"rate": rate, "scope": scope, "rates": driver.as_rates(rates), "exclude": exclude}

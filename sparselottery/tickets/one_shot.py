@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
+from ..nn.convert import as_tuple
 from ..pruning import prune
 from . import controls as control_kinds
 from . import driver
@@ -46,7 +47,7 @@ def one_shot(
         raise ValueError(f"density: expected fractions between 0 and 1, falling, got {density!r}")
     if rates is None:
         rates = {"output": 0.5} if scope == "layer" else None
-    exclude = driver.as_tuple(exclude)
+    exclude = as_tuple(exclude)
     shared = {"scope": scope, "rates": None if rates is None else driver.as_rates(rates), "exclude": exclude}
     steps = tuple({"density": d, **shared} for d in densities)
     model = driver.probe(make_model, chosen[0], exclude, controls)

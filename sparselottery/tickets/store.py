@@ -2,7 +2,8 @@
 
     config.json        what was asked for; a run of something else is refused
     environment.json   where it ran
-    jobs/*.json        one finished training each: its figures and its evaluations; the truth everything below is made from
+    jobs/*.json        one finished training each: its figures, its evaluations, the SHA-256 of the tickets it left; the truth
+                       everything below is made from
     tickets/*.safetensors  the tickets by seed and level (level 0: all weights and the values to rewind to)
     metrics.jsonl      one line per evaluation of every finished job
     result.json        the levels, once all jobs are done
@@ -88,7 +89,7 @@ class Store:
             yield
 
     def claim(self, config: Mapping, environment: Mapping) -> None:
-        """Make this the folder of `config`.
+        """Make this the folder of `config`; one in which nothing was ever finished may have been another's.
 
         Raises:
             ValueError: it already is the folder of something else, or its config.json is damaged.
@@ -96,7 +97,9 @@ class Store:
         config = json.loads(to_json(config))
         path = self.folder / "config.json"
         found = self.read("config.json")
-        if found is None:
+        if found is None or (found != config and not any((self.folder / "jobs").glob("*.json"))):
+            for ticket in (self.folder / "tickets").glob("*.safetensors"):  # of a training that did not get to its end
+                ticket.unlink()
             write_atomic(path, to_json(config))
         elif found != config:
             differing = sorted(k for k in {*found, *config} if found.get(k) != config.get(k))

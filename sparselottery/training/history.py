@@ -7,17 +7,18 @@ from dataclasses import asdict, dataclass, field, fields
 
 from torch import Tensor
 
-_STEP = re.compile(r"(?:(\d+)ep)?(?:(\d+)it)?")
+_STEP = re.compile(r"(?:([0-9]+)ep)?(?:([0-9]+)it)?|([0-9]+)")
 
 
 @dataclass(frozen=True)
 class Record:
     """One evaluation. Losses are means per example, accuracies fractions (0..1); what was not measured is None.
 
+    `iteration` is None where a user's `fit` did not say it, and then there is no early-stop iteration.
     `train_loss` is the mean over the minibatches since the previous evaluation.
     """
 
-    iteration: int
+    iteration: int | None
     train_loss: float | None = None
     validation_loss: float | None = None
     validation_accuracy: float | None = None
@@ -79,7 +80,7 @@ class History:
         Raises:
             ValueError: nothing was recorded by then.
         """
-        until = [r for r in self.records if r.iteration <= iteration]
+        until = [r for r in self.records if r.iteration is not None and r.iteration <= iteration]
         if not until:
             raise ValueError(f"iteration: expected one at or after the first evaluation, got {iteration}")
         return until[-1]
@@ -108,7 +109,8 @@ class History:
         """What a user's `fit` returned, as a History: itself, `{"records": [...]}`, or the record of one single evaluation.
 
         The single evaluation is a mapping with at least "test_accuracy"; "iteration" (also "early_stop_iteration"),
-        "train_loss", "validation_loss", "validation_accuracy" and "snapshot" are understood as well.
+        "train_loss", "validation_loss", "validation_accuracy" and "snapshot" are understood as well. Without an iteration
+        there is no early-stop iteration; everything else goes as usual.
 
         Raises:
             TypeError: anything else; the message names `fit`.
@@ -121,7 +123,7 @@ class History:
                 if "records" in value:
                     return cls([_record(r) for r in value["records"]], snapshot)
                 if "test_accuracy" in value:
-                    known = {"iteration": value.get("early_stop_iteration", 0), **value}
+                    known = {"iteration": value.get("early_stop_iteration"), **value}
                     names = {f.name for f in fields(Record)}
                     return cls([_record({k: v for k, v in known.items() if k in names})], snapshot)
             except (TypeError, ValueError) as error:
@@ -136,12 +138,25 @@ def _record(value: Mapping) -> Record:
     if unknown or "iteration" not in value:
         raise TypeError(f"a record has iteration, losses and accuracies, got {sorted(value)}")
     numbers = {k: None if v is None else float(v) for k, v in value.items()}
-    numbers["iteration"] = int(value["iteration"])
+    numbers["iteration"] = None if value["iteration"] is None else int(value["iteration"])
     return Record(**numbers)
 
 
+def check_seed(seed: int, name: str = "seed") -> int:
+    """A seed that torch's generators take.
+
+    Raises:
+        TypeError: not an int. ValueError: out of range.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{name}: expected an int, got {type(seed).__name__}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"{name}: expected a seed from 0 to 2**64 - 1, got {seed}")
+    return seed
+
+
 def parse_step(step: int | str, steps_per_epoch: int | None = None, name: str = "step") -> int:
-    """A step as a number of iterations: 500, "500it", "2ep" or "2ep50it".
+    """A step as a number of iterations: 500, "500", "500it", "2ep" or "2ep50it".
 
     Raises:
         ValueError: it is none of these or negative, or counts epochs where `steps_per_epoch` is unknown.
@@ -156,7 +171,7 @@ def parse_step(step: int | str, steps_per_epoch: int | None = None, name: str = 
     match = _STEP.fullmatch(step)
     if not step or match is None:
         raise ValueError(f'{name}: expected iterations or a string such as "500it" or "2ep", got {step!r}')
-    epochs, iterations = (int(group or 0) for group in match.groups())
+    epochs, iterations, bare = (int(group or 0) for group in match.groups())
     if epochs and steps_per_epoch is None:
         raise ValueError(f"{name}: {step!r} counts epochs, but how many iterations an epoch has is unknown here")
-    return epochs * (steps_per_epoch or 0) + iterations
+    return epochs * (steps_per_epoch or 0) + iterations + bare

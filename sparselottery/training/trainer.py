@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import optim
 from ..nn.invariant import unmasked_gradients
 from ..ops import dispatch
-from .history import History, Record, parse_step
+from .history import History, Record, check_seed, parse_step
 
 OPTIMIZERS = {"sgd": optim.SGD, "adam": optim.Adam, "adamw": optim.AdamW}
 
@@ -172,8 +172,7 @@ class Trainer:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+        check_seed(seed)
         end = self.iterations if budget is None else self.steps(budget, "budget")
         start = self.steps(start_at, "start_at")
         keep = None if snapshot_at is None else self.steps(snapshot_at, "snapshot_at")
