@@ -6,7 +6,7 @@ are multiplied several at once. Two blocks beside each other along the strip sha
 are 64 rows high even where blocks are 16: loads, not products, bound such small blocks. dX takes strips of columns and
 units of rows; dW the strips and units of the forward pass, and masks what it stores where units hold dead weights too.
 
-The index of a mask (`strips`, `chunks`) is made once. No mask is looked at inside a product's loop, and both factors go
+The index of a mask is made once (`strips`, `chunks`). No mask is looked at inside a product's loop, and both factors go
 from memory to the tensor cores as they are. Nothing is added atomically: results repeat bit for bit.
 
 Callers (ops/block_linear.py) have checked their arguments and keep the indexes.
@@ -29,7 +29,7 @@ def _columns(units, t, UNIT: tl.constexpr, DEPTH: tl.constexpr):
     within = tl.arange(0, DEPTH)
     if UNIT == DEPTH:
         return tl.load(units + t) * UNIT + within
-    unit = tl.load(units + t.to(tl.int64) * (DEPTH // UNIT) + within // UNIT)
+    unit = tl.load(units + t * (DEPTH // UNIT) + within // UNIT)
     # Each unit starts at a multiple of its length: the compiler may load it in pieces of 16 bytes.
     return tl.max_contiguous(tl.multiple_of(unit * UNIT + within % UNIT, UNIT), UNIT)
 
@@ -165,18 +165,7 @@ def _weight_config(dtype, strip):
     return {"BM": 64, "BO": strip, "BI": 128, "num_warps": 8 if strip == 128 else 4, "num_stages": 4}
 
 
-# ---- the index of a mask: ops/block_linear.py keeps what these return ----
-
-
-def live_units(words, shape, strip, unit, transposed):
-    """bool [strips, units]: which units hold a survivor. Transposed: strips of columns, units of rows."""
-    across, along = (unit, strip) if transposed else (strip, unit)
-    halves = words.contiguous().view(torch.int16) != 0  # 16 columns each
-    pad = (0, -halves.shape[1] % (along // 16), 0, -halves.shape[0] % across)
-    halves = torch.nn.functional.pad(halves, pad)
-    live = halves.view(halves.shape[0] // across, across, halves.shape[1] // (along // 16), along // 16).any(3).any(1)
-    live = live[: -(-shape[0] // across), : -(-shape[1] // along)]  # a row's last word may hold 16 columns too many
-    return live.t() if transposed else live
+# ---- the index of a mask, from bool [strips, units] of where survivors are: ops/block_linear.py keeps what these return ----
 
 
 def _packed(live, depth):
@@ -192,26 +181,16 @@ def _packed(live, depth):
     return first.to(torch.int32), units.view(-1, depth)
 
 
-def strips(words, shape, block, dtype, transposed):
-    """The index that `forward` (transposed: `backward_input`) takes."""
-    strip, unit = tiling(tuple(reversed(block)) if transposed else block, dtype)
-    depth = (32 if dtype == torch.float32 else 64) // unit
-    return strip, unit, *_packed(live_units(words, shape, strip, unit, transposed), depth)
+def strips(live, tiles, dtype):
+    """The index that `forward` takes; that of `backward_input` is made from strips of columns and units of rows."""
+    return *tiles, *_packed(live, (32 if dtype == torch.float32 else 64) // tiles[1])
 
 
-def chunks(words, shape, block, dtype, kept):
-    """The index that `backward_weight` takes; `kept`: how many bits the mask has."""
-    strip, unit = tiling(block, dtype)
-    live = live_units(words, shape, strip, unit, False)
-    first, units = _packed(live, _weight_config(dtype, strip)["BI"] // unit)
-    owners = torch.repeat_interleave(
-        torch.arange(len(first) - 1, dtype=torch.int32, device=words.device), first[1:] - first[:-1]
-    )
-    high = torch.full((live.shape[0], 1), strip, device=words.device)
-    wide = torch.full((1, live.shape[1]), unit, device=words.device)
-    high[-1:] -= -shape[0] % strip
-    wide[:, -1:] -= -shape[1] % unit
-    return strip, unit, owners, units, int((live * high * wide).sum()) != kept
+def chunks(live, tiles, dtype, partial):
+    """The index that `backward_weight` takes; `partial`: whether live units hold dead weights."""
+    first, units = _packed(live, _weight_config(dtype, tiles[0])["BI"] // tiles[1])
+    owners = torch.arange(len(live), dtype=torch.int32, device=live.device)
+    return *tiles, torch.repeat_interleave(owners, first[1:] - first[:-1]), units, partial
 
 
 # ---- launches ----
@@ -246,17 +225,17 @@ def _product(source, weight, index, bias):
 
 
 def forward(x, weight, index, bias=None):
-    """y `[rows, out]` from x `[rows, in]` and weight `[out, in]` that is 0 off the mask; `index`: `strips`."""
+    """y `[rows, out]` from x `[rows, in]` and weight `[out, in]` that is 0 off the mask; `index`: from `strips`."""
     return _product(x, weight, index, bias)
 
 
 def backward_input(grad, weight, index):
-    """dX `[rows, in]` from grad `[rows, out]`; `index`: `strips(..., transposed=True)`."""
+    """dX `[rows, in]` from grad `[rows, out]`; `index`: from `strips`, of the mask transposed."""
     return _product(grad, weight.t(), index, None)
 
 
 def backward_weight(grad, x, words, index):
-    """dW∘M `[out, in]` from grad `[rows, out]` and x `[rows, in]`; `index`: `chunks`."""
+    """dW∘M `[out, in]` from grad `[rows, out]` and x `[rows, in]`; `index`: from `chunks`."""
     strip, unit, owners, units, partial = index
     dweight = torch.zeros(grad.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
     if len(owners) == 0 or grad.shape[0] == 0:

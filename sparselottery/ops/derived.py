@@ -1,5 +1,6 @@
 """What backends compute from a mask (lists of live tiles, index structures, counts), kept with the mask."""
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -19,3 +20,15 @@ def of(words: Tensor) -> dict:
         kept = {}
         _KEPT[words] = (words._version, kept)
     return kept
+
+
+def live_blocks(words: Tensor, shape: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """bool `[ceil(shape[0] / rows), ceil(shape[1] / columns)]`: which blocks of a matrix hold a survivor.
+
+    `columns` is a multiple of 16, since words are read by their halves.
+    """
+    halves = words.contiguous().view(torch.int16) != 0
+    down, across = -(-shape[0] // rows), -(-shape[1] // columns)
+    pad = (0, max(0, across * (columns // 16) - halves.shape[1]), 0, down * rows - shape[0])
+    halves = torch.nn.functional.pad(halves, pad)[:, : across * (columns // 16)]  # the last word may hold more than there are
+    return halves.reshape(down, rows, across, columns // 16).any(3).any(1)
