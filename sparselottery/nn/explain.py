@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..ops import dispatch
+from .. import kernels
+from ..ops import block_linear, dispatch
 from .convert import left_dense
 from .invariant import MaskedWeight
-from .linear import MaskedConv1D
+from .linear import MaskedConv1D, MaskedLinear
 from .packed import PackedWeight
 
 HEADER = ("layer", "kind", "weight", "density", "backend", "measured, in µs")
@@ -109,7 +110,10 @@ def _masked_row(name, layer, measured):
     arguments = (name, type(layer).__name__, shape, layer.density)
     if layer.density == 1:
         return LayerRow(*arguments, "dense", "nothing is pruned")
-    op = "masked_conv2d" if conv else "masked_linear"
+    block = None
+    if isinstance(layer, MaskedLinear):
+        block = block_linear.blocks_for(layer.weight, layer.weight_mask, shape)
+    op = "masked_conv2d" if conv else "masked_linear" if block is None else block_linear.OP
     seen = shape[::-1] if isinstance(layer, MaskedConv1D) else shape
     bucket = dispatch.bucket_density(dispatch.density_bucket(layer.density))
     threads = torch.get_num_threads()
@@ -120,12 +124,15 @@ def _masked_row(name, layer, measured):
         if row["op"] == op
         and tuple(row["shape"])[: len(seen)] == seen
         and (not conv or tuple(row["shape"])[-7:] == (*layer.stride, *_padding(layer), *layer.dilation, layer.groups))
+        and (block is None or row["extra"][:1] == (block,))
         and row.get("density") == bucket
         and str(row.get("dtype")).removeprefix("torch.") == dtype
         and row.get("device") == layer.weight.device.type
         and (row["device"] != "cpu" or row["threads"] == threads)
     ]
     if not fitting:
+        if block is not None and not kernels.AVAILABLE:
+            return LayerRow(*arguments, "dense", f"blocks of {block[0]}x{block[1]} need Triton: {kernels.WHY_NOT}")
         return LayerRow(*arguments, "undecided", "not yet measured: not run so far, or only dense comes into question")
     fitting.sort(key=lambda row: (row["direction"] != "forward", row["batch"]))
     chosen = {}
@@ -135,6 +142,8 @@ def _masked_row(name, layer, measured):
         backend = fitting[0]["backend"]
     else:
         backend = ", ".join(f"{direction}: {'/'.join(dict.fromkeys(found))}" for direction, found in chosen.items())
+    if block is not None and "triton" in backend:
+        backend += f" (blocks of {block[0]}x{block[1]})"
     return LayerRow(*arguments, backend, "", fitting)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..masks import Mask
-from ..ops import bitmask
+from ..ops import bitmask, block_linear
 from ..ops.masked_linear import masked_linear, runs_dense
 from .invariant import MaskedWeight
 
@@ -41,9 +41,21 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         if premasked:
             if self._nothing_pruned():
                 return super().forward(input)
-            if self._goes_to_library(input, lambda wanted: runs_dense(input, self.weight, self.weight_mask, wanted)):
+            if not isinstance(input, Tensor):
+                block = None  # the op says what is wrong
+            else:
+                block = block_linear.blocks_for(input, self.weight_mask, self.weight.shape)
+            if self._goes_to_library(input, lambda wanted: self._runs_dense(input, block, wanted)):
                 return F.linear(input, self._weight_for_library(), self.bias)
+            if block is not None:
+                arguments = input, self.weight, self.weight_mask, self.bias
+                return block_linear.block_linear(*arguments, block=block, premasked=True)
         return masked_linear(input, self.weight, self.weight_mask, self.bias, premasked=premasked)
+
+    def _runs_dense(self, input, block, wanted):
+        if block is None:
+            return runs_dense(input, self.weight, self.weight_mask, wanted)
+        return block_linear.runs_dense(input, self.weight, self.weight_mask, block, wanted)
 
 
 class MaskedConv1D(MaskedWeight):

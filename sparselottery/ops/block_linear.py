@@ -49,13 +49,28 @@ def find_block(words: Tensor, shape: tuple[int, int]) -> tuple[int, int] | None:
 def _find_block(words, shape):
     if 0 in shape or words.is_inference():
         return None
-    areas = [derived.live_blocks(words, shape, side, side).sum() * side**2 for side in SIDES]
-    strips = [derived.live_blocks(words, shape, 64, 16), derived.live_blocks(words, shape, 16, 64)]
-    *areas, along, across = torch.stack([*areas, *(live.double().mean() for live in strips)]).tolist()
-    if max(along, across) > _DENSEST:
+    sizes = [*((side, side) for side in SIDES), (64, 16), (16, 64)]
+    *areas, along, across = torch.stack(
+        [_area(derived.live_blocks(words, shape, *s), shape, *s) for s in sizes]
+    ).tolist()
+    if max(along, across) > _DENSEST * shape[0] * shape[1]:
         return None
     side = next(side for side, area in zip(SIDES, areas, strict=True) if area <= _FRAYED * areas[-1])
     return side, side
+
+
+def _area(live, shape, rows, columns):
+    """How many weights live blocks cover: a scalar tensor."""
+    high = torch.full((live.shape[0], 1), rows, device=live.device)
+    wide = torch.full((1, live.shape[1]), columns, device=live.device)
+    high[-1:] -= -shape[0] % rows
+    wide[:, -1:] -= -shape[1] % columns
+    return (live * high * wide).sum()
+
+
+def blocks_for(x: Tensor, words: Tensor, shape: tuple[int, int]) -> tuple[int, int] | None:
+    """`find_block` where `x` is on a device that has a kernel for blocks; else None, and nothing is looked at."""
+    return None if _goes_elsewhere(x) else find_block(words, shape)
 
 
 def _bits(words):
@@ -83,11 +98,7 @@ def _make_index(words, shape, block, dtype, product):
     live = derived.live_blocks(words, shape, strip, unit)
     if product == "y":
         return module.strips(live, tiles, dtype)
-    high = torch.full((live.shape[0], 1), strip, device=words.device)
-    wide = torch.full((1, live.shape[1]), unit, device=words.device)
-    high[-1:] -= -shape[0] % strip
-    wide[:, -1:] -= -shape[1] % unit
-    return module.chunks(live, tiles, dtype, int((live * high * wide).sum()) != _bits(words))
+    return module.chunks(live, tiles, dtype, int(_area(live, shape, strip, unit)) != _bits(words))
 
 
 # ---- triton ----

@@ -30,5 +30,7 @@ def live_blocks(words: Tensor, shape: tuple[int, int], rows: int, columns: int) 
     halves = words.contiguous().view(torch.int16) != 0
     down, across = -(-shape[0] // rows), -(-shape[1] // columns)
     pad = (0, max(0, across * (columns // 16) - halves.shape[1]), 0, down * rows - shape[0])
-    halves = torch.nn.functional.pad(halves, pad)[:, : across * (columns // 16)]  # the last word may hold more than there are
+    halves = torch.nn.functional.pad(halves, pad)[
+        :, : across * (columns // 16)
+    ]  # the last word may hold more than there are
     return halves.reshape(down, rows, across, columns // 16).any(3).any(1)

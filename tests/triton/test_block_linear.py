@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+import sparselottery as sl
 from sparselottery.kernels import block_linear
 from sparselottery.ops import block_linear as op
-from sparselottery.ops import reference
+from sparselottery.ops import dispatch, reference
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 BLOCKS = [(16, 16), (32, 32), (64, 64), (128, 128), (16, 64), (128, 16), (8, 4)]
@@ -151,7 +152,80 @@ def test_tiles_of_a_block(block, dtype, tiles):
 
 
 def test_other_dtypes_are_refused():
-    x, w, b, dy, keep, words = sample(2, 20, 20, (16, 16))
+    x, w, _, _, _, words = sample(2, 20, 20, (16, 16))
     index = op.index(words, (20, 20), (16, 16), torch.float32, "y")
     with pytest.raises(TypeError, match="x: expected float32, float16 or bfloat16 for Triton"):
         block_linear.forward(x.double(), w.double(), index)
+
+
+# ---- the op and the layer on these kernels ----
+
+
+def block_layer(monkeypatch, side=64):
+    """A layer with blocks, on a device that is said to have kernels for them; and the names of those that ran."""
+    ran = []
+    for name in ("forward", "backward_input", "backward_weight"):
+        kernel = getattr(block_linear, name)
+        monkeypatch.setattr(block_linear, name, lambda *a, _k=kernel, _n=name: ran.append(_n) or _k(*a))
+    live = torch.zeros(-(-200 // side), -(-256 // side), dtype=torch.bool)
+    live[0, 1] = live[1, 0] = live[2, 2] = True
+    torch.manual_seed(0)
+    layer = sl.MaskedLinear(256, 200, mask=blocks_of((200, 256), (side, side), live))
+    return layer, torch.randn(2, 9, 256, requires_grad=True), ran
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_a_layer_with_blocks_runs_on_them(monkeypatch, side):
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", "triton")
+    layer, x, ran = block_layer(monkeypatch, side)
+    gradient = torch.randn(2, 9, 200)
+    got = torch.autograd.grad(layer(x), (x, *layer.parameters()), gradient)
+    assert ran == ["forward", "backward_input", "backward_weight"]
+    keep = layer.mask.to_dense()
+    want = torch.autograd.grad(
+        torch.nn.functional.linear(x, layer.weight * keep, layer.bias), (x, *layer.parameters()), gradient
+    )
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (got[1][~keep] == 0).all()
+
+
+def test_a_weight_that_is_not_masked_is_masked_first(monkeypatch):
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", "triton")
+    x, w, b, dy, keep, words = sample(20, 200, 140, (64, 64))
+    dirty = torch.where(keep, w, math.nan).requires_grad_()
+    y = op.block_linear(x, dirty, words, b, block=(64, 64))
+    torch.testing.assert_close(y, x @ w.T + b, rtol=1e-4, atol=1e-4)
+    (dw,) = torch.autograd.grad(y, dirty, dy)
+    torch.testing.assert_close(dw, (dy.T @ x) * keep, rtol=1e-4, atol=1e-4)
+
+
+def test_the_choice_is_measured_and_explained(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSELOTTERY_CACHE", str(tmp_path))
+    monkeypatch.setattr(op, "_goes_elsewhere", lambda t: False)
+    dispatch.clear()
+    layer, x, ran = block_layer(monkeypatch)
+    assert "not yet measured" in sl.explain(layer).rows[0].note
+    with torch.no_grad():
+        y = layer(x)
+    assert "forward" in ran, "it was measured"
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-4)
+    row = sl.explain(layer).rows[0]
+    assert row.backend == "dense" and set(row.measurements[0]["us"]) == {"dense", "triton"}
+    key = next(iter(dispatch._decisions[op.OP]))
+    dispatch._decisions[op.OP][key] = "triton"
+    dispatch._records[op.OP, repr(key)]["backend"] = "triton"
+    assert sl.explain(layer).rows[0].backend == "triton (blocks of 64x64)"
+    del ran[:]
+    layer._forget()
+    layer(x).sum().backward()
+    assert ran[0] == "forward"
+    dispatch.clear()
+
+
+def test_without_a_stopwatch_it_is_dense(monkeypatch):
+    monkeypatch.setattr(op, "_goes_elsewhere", lambda t: False)
+    layer, x, ran = block_layer(monkeypatch)
+    with dispatch.reproducible():
+        layer(x).sum().backward()
+    assert not ran
