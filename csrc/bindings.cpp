@@ -13,6 +13,7 @@
 #include "bitmask.h"
 #include "common.h"
 #include "cpu/isa.h"
+#include "decode_linear.h"
 #include "global_topk.h"
 #include "masked_conv2d.h"
 #include "masked_linear.h"
@@ -27,6 +28,22 @@ template <class T>
 T* as(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
+
+// decode_linear: format, rows, columns, units, starts, codes, values.
+using DecodeArguments = std::tuple<int, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t>;
+
+#ifdef SPARSELOTTERY_CUDA
+sl::DecodeWeight decode_weight(const DecodeArguments& arguments) {
+  const auto& [format, rows, columns, units, starts, codes, values] = arguments;
+  return {static_cast<sl::DecodeFormat>(format),
+          rows,
+          columns,
+          units,
+          as<const int32_t>(starts),
+          as<const uint8_t>(codes),
+          as<const uint16_t>(values)};
+}
+#endif
 
 // global_topk: data, dtype, sizes, strides, eligible words (0: all), words. The tensors point into the arguments.
 using TopkArguments = std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>, uintptr_t, uintptr_t>;
@@ -116,6 +133,31 @@ PYBIND11_MODULE(_C, m) {
           sl::cuda::bitmask_apply(as<void>(weights), item_size, as<const uint32_t>(words), sizes.size(), sizes.data(),
                                   strides.data(), as<void>(stream));
         });
+#endif
+
+  // decode_linear
+  m.def("cpu_decode_linear_layout", [](int format, uintptr_t words, int64_t rows, int64_t columns, uintptr_t starts) {
+    py::gil_scoped_release release;
+    return sl::cpu::decode_linear_layout(static_cast<sl::DecodeFormat>(format), as<const uint32_t>(words), rows,
+                                         columns, as<int32_t>(starts));
+  });
+  m.def("cpu_decode_linear_pack", [](int format, uintptr_t weight, uintptr_t words, int64_t rows, int64_t columns,
+                                     uintptr_t starts, uintptr_t codes, uintptr_t values) {
+    py::gil_scoped_release release;
+    sl::cpu::decode_linear_pack(static_cast<sl::DecodeFormat>(format), as<const uint16_t>(weight),
+                                as<const uint32_t>(words), rows, columns, as<const int32_t>(starts), as<uint8_t>(codes),
+                                as<uint16_t>(values));
+  });
+#ifdef SPARSELOTTERY_CUDA
+  m.def("cuda_decode_linear_max_columns", &sl::cuda::decode_linear_max_columns);
+  m.def("cuda_decode_linear_scratch", [](const DecodeArguments& weight, int64_t batch) {
+    return sl::cuda::decode_linear_scratch(decode_weight(weight), batch);
+  });
+  m.def("cuda_decode_linear", [](const DecodeArguments& weight, int dtype, uintptr_t x, uintptr_t bias, uintptr_t y,
+                                 int64_t batch, uintptr_t scratch, uintptr_t stream) {
+    sl::cuda::decode_linear(decode_weight(weight), static_cast<sl::DType>(dtype), as<const void>(x),
+                            as<const void>(bias), as<void>(y), batch, as<void>(scratch), as<void>(stream));
+  });
 #endif
 
   // global_topk

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "../common.h"
+#include "half.cuh"
 #include "launch.cuh"
 
 namespace sl::cuda {
@@ -31,19 +32,6 @@ struct Table {
 
 template <class Key>
 constexpr Key kNoKey = std::numeric_limits<Key>::max();  // above every number's key
-
-__device__ inline uint32_t half_to_float(uint16_t h) {
-#ifdef __CUDA_ARCH__
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-  return __float_as_uint(f);
-#else
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = h >> 10 & 31u, mantissa = h & 1023u;
-  if (exponent == 31) return sign | 0x7f800000u | mantissa << 13;
-  if (exponent != 0) return sign | (exponent + 112) << 23 | mantissa << 13;
-  return sign | __float_as_uint(static_cast<float>(mantissa) * 0x1p-24f);
-#endif
-}
 
 template <DType D>
 struct Raw;

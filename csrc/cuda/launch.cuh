@@ -5,6 +5,7 @@
 #include "host_cuda.h"
 #else
 #include <cuda_runtime.h>
+#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(128) type name[]
 #endif
 
 #include <algorithm>
@@ -36,6 +37,10 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, void* str
   static_cast<void>(stream);  // everything is done when the call returns
   host_cuda::launch(kernel, grid, block, shared_bytes, args...);
 #else
+  if (shared_bytes > 48 * 1024) {  // more is given only to those who ask
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          "shared memory of a kernel");
+  }
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
 #endif
   check(cudaGetLastError(), "kernel launch");
@@ -45,13 +50,19 @@ inline void fill_zero(void* pointer, int64_t bytes, void* stream) {
   check(cudaMemsetAsync(pointer, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)), "memset");
 }
 
-// Blocks for grid-stride loops over `items`, `per_block` of them at a time: no more than fill the device.
-inline unsigned blocks_for(int64_t items, int64_t per_block) {
-  int device = 0, multiprocessors = 0;
+// An attribute of the current device.
+inline int64_t device_attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "current device");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+  check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
+  return value;
+}
+
+// Blocks for grid-stride loops over `items`, `per_block` of them at a time: no more than fill the device.
+inline unsigned blocks_for(int64_t items, int64_t per_block, int64_t per_multiprocessor = 8) {
   const int64_t wanted = (items + per_block - 1) / per_block;
-  return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, int64_t{8} * multiprocessors));
+  const int64_t most = per_multiprocessor * device_attribute(cudaDevAttrMultiProcessorCount);
+  return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, most));
 }
 
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }

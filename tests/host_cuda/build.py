@@ -13,12 +13,15 @@ HERE = Path(__file__).resolve().parent
 FLAGS = "-std=c++20 -g -fPIC -U_FORTIFY_SOURCE -Wall -Wextra -Wno-unknown-pragmas -DHOST_CUDA -DSL_BLOCK_THREADS=64"
 
 
-def build(main: str, *extra: str, kernels: str = "*") -> Path:
+def build(main: str, *extra: str, kernels: str = "*", also: tuple = ()) -> Path:
     """The compiled `main` (a file beside this one) together with csrc/cuda/`kernels`.cu; made again only if a source changed.
+
+    `also`: more sources, relative to csrc.
 
     Several test processes may ask at once: one compiles, the others wait.
     """
     sources = [*sorted((ROOT / "csrc" / "cuda").glob(f"{kernels}.cu")), HERE / main]
+    sources += [ROOT / "csrc" / path for path in also]
     inputs = sorted(
         {*sources, *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cuh"), *HERE.glob("*.h")}
     )

@@ -8,7 +8,10 @@
 // real. Shared memory is filled with garbage before each block. What would be undefined on a GPU is an error here:
 // lanes of a warp that meet different collectives, a barrier that part of a block never reaches, a partial lane mask.
 //
-// Not covered: memory that is visible too late between blocks (they run in order), async copies, tensor cores.
+// Asynchronous copies happen when they are waited for, not before. Tensor-core instructions take and give the fragments
+// of the PTX manual.
+//
+// Not covered: memory that is visible too late between blocks (they run in order).
 #pragma once
 #include <atomic>
 #include <bit>
@@ -61,7 +64,8 @@ namespace host_cuda {
 
 constexpr unsigned kWarp = 32;
 constexpr int kMultiprocessors = 1;  // small, so that grid-stride loops go round more than once
-constexpr unsigned kTimeout = 120;   // seconds a launch may take with real threads before it counts as hung
+constexpr int kSharedBytes = 227 * 1024;
+constexpr unsigned kTimeout = 120;  // seconds a launch may take with real threads before it counts as hung
 constexpr unsigned char kGarbage = 0xa5;
 
 inline HOST_CUDA_LOCAL unsigned thread_id = 0;
@@ -160,14 +164,27 @@ struct Warp {
   std::atomic<int> collective[2][kWarp];
 };
 
+// Asynchronous copies of a thread: committed groups that nobody waited for yet, and the group that is open.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+struct Copies {
+  std::vector<std::vector<Copy>> groups;
+  std::vector<Copy> open;
+};
+
 struct Block {
   Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<char> dynamic;
-  Block(unsigned threads, size_t shared_bytes) : barrier(threads), dynamic(shared_bytes + 1) {
+  std::vector<Copies> copies;  // of each thread
+  Block(unsigned threads, size_t shared_bytes) : barrier(threads), dynamic(shared_bytes + 1), copies(threads) {
     for (unsigned w = 0; w < threads / kWarp; ++w) warps.push_back(std::make_unique<Warp>());
   }
   void dirty() {
+    for (Copies& left : copies) left = {};
     std::memset(dynamic.data(), kGarbage, dynamic.size());
     if (__start_host_cuda_shared != nullptr) {
       std::memset(__start_host_cuda_shared, kGarbage,
@@ -309,7 +326,7 @@ inline bool dropped(const std::source_location& where) {
 inline Warp& warp() { return *block->warps[thread_id / kWarp]; }
 inline unsigned lane() { return thread_id % kWarp; }
 
-enum Collective : int { kShuffle, kVote, kSyncWarp };
+enum Collective : int { kShuffle, kVote, kSyncWarp, kMatrix };
 
 // Every lane gives a value; afterwards all of them are in the returned slots.
 inline const std::atomic<uint64_t>* gather(Collective kind, unsigned mask, uint64_t value) {
@@ -333,6 +350,69 @@ T shuffle(unsigned mask, T value, unsigned source) {
   raw = gather(kShuffle, mask, raw)[source % kWarp].load(std::memory_order_relaxed);
   std::memcpy(&value, &raw, sizeof(T));
   return value;
+}
+
+// ---- instructions behind csrc/cuda/tensor_core.cuh ----
+
+constexpr size_t kCopyBytes = 16;
+
+inline void check_aligned(const void* address, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) fail(what);
+}
+
+inline void ldmatrix(uint32_t (&to)[4], const void* row) {
+  check_aligned(row, "ldmatrix of a row that is not aligned to 16 bytes");
+  const auto* rows = gather(kMatrix, ~0u, reinterpret_cast<uintptr_t>(row));
+  uintptr_t mine[4];  // the rows that this lane gets its elements from
+  for (unsigned m = 0; m < 4; ++m) mine[m] = rows[8 * m + lane() / 4].load(std::memory_order_relaxed);
+  for (unsigned m = 0; m < 4; ++m) std::memcpy(&to[m], reinterpret_cast<const char*>(mine[m]) + lane() % 4 * 4, 4);
+}
+
+// `low` and `high` are the floats of the two 16-bit numbers in a word.
+template <class Low, class High>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const Low& low, const High& high) {
+  uint32_t left[4][kWarp], right[2][kWarp];
+  const auto share = [](uint32_t first, uint32_t second, uint32_t* firsts, uint32_t* seconds) {
+    const auto* all = gather(kMatrix, ~0u, first | uint64_t{second} << 32);
+    for (unsigned l = 0; l < kWarp; ++l) {
+      const uint64_t both = all[l].load(std::memory_order_relaxed);
+      firsts[l] = static_cast<uint32_t>(both), seconds[l] = static_cast<uint32_t>(both >> 32);
+    }
+  };
+  share(a[0], a[1], left[0], left[1]);
+  share(a[2], a[3], left[2], left[3]);
+  share(b0, b1, right[0], right[1]);
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane() / 4, column = lane() % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; k += 2) {  // two neighbouring k share a word
+      const uint32_t x = left[k / 8 * 2 + i / 2][row * 4 + k % 8 / 2], y = right[k / 8][column * 4 + k % 8 / 2];
+      c[i] += low(x) * low(y) + high(x) * high(y);
+    }
+  }
+}
+
+// `used` bytes are read, the rest becomes zeros. Nothing is copied before cp_async_wait.
+inline void cp_async(void* to, const void* from, size_t used) {
+  check_aligned(to, "cp.async to an address that is not aligned to 16 bytes");
+  check_aligned(from, "cp.async from an address that is not aligned to 16 bytes");
+  block->copies[thread_id].open.push_back({to, from, used});
+}
+
+inline void cp_async_commit() {
+  Copies& mine = block->copies[thread_id];
+  mine.groups.push_back(std::exchange(mine.open, {}));
+}
+
+inline void cp_async_wait(size_t pending, std::source_location where = std::source_location::current()) {
+  if (dropped(where)) return;
+  auto& groups = block->copies[thread_id].groups;
+  while (groups.size() > pending) {
+    for (const Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, kCopyBytes);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
 }
 
 }  // namespace host_cuda
@@ -426,15 +506,15 @@ T atomicMax(T* p, T v) {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = host_cuda::kMultiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrMultiProcessorCount ? host_cuda::kMultiprocessors : host_cuda::kSharedBytes;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
