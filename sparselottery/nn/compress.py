@@ -7,18 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
+from . import semi_structured
 from .convert import densify, to_plain, unpack
 from .invariant import MaskedWeight
+from .semi_structured import SemiStructuredLinear
 
 
 def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Module:
     """A copy of a model for inference in which each masked or packed layer has the fastest form measured on this machine.
 
-    Each layer is timed on the input that it gets from `example_input`, masked against plain (dense, with zeros), and
-    the whole
-    at the end: unless it beats the plain model by dispatch's margin, all layers are plain. So it is never slower than
-    dense as far as this measurement can tell; measure with the batch you will use. Outputs are those of `model.eval()`,
-    up to the order in which a sparse kernel adds.
+    Each layer is timed on the input that it gets from `example_input`: masked, plain (dense, with zeros) and, where its mask
+    is 2:4 and the GPU has it, in torch's semi-structured form (`semi_structured`). The whole is timed at the end: unless it
+    beats the plain model by dispatch's margin, all layers are plain. `explain` of the result says what was measured. So it is
+    never slower than dense as far as this measurement can tell; measure with the batch you will use. Outputs are those of
+    `model.eval()`, up to the order in which a sparse kernel adds.
 
     Args:
         model: stays as it is.
@@ -38,10 +40,14 @@ def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Mo
     with torch.no_grad():
         inputs = _inputs(result, layers, args, kwargs)
         for layer in layers:
-            if id(layer) not in inputs or not _masked_is_faster(layer, *inputs[id(layer)]):
+            if id(layer) in inputs:
+                _take_fastest_form(layer, *inputs[id(layer)])
+            else:
                 to_plain(layer)
-        if any(isinstance(layer, MaskedWeight) for layer in layers):
+        if any(isinstance(layer, (MaskedWeight, SemiStructuredLinear)) for layer in layers):
             plain = densify(copy.deepcopy(result))
+            for layer in [module for module in plain.modules() if isinstance(module, SemiStructuredLinear)]:
+                layer.to_plain_()
             seconds = dispatch.measure(
                 {"dense": lambda: plain(*args, **kwargs), "mixed": lambda: result(*args, **kwargs)}
             )
@@ -76,14 +82,25 @@ def _inputs(model, layers, args, kwargs):
     return seen
 
 
-def _masked_is_faster(layer, args, kwargs):
+def _take_fastest_form(layer, args, kwargs):
     plain = densify(copy.deepcopy(layer))
     layer.forward(*args, **kwargs)  # its own backend is chosen here, not in the measurement
-    return (
-        dispatch.fastest(
-            dispatch.measure(
-                {"dense": lambda: plain.forward(*args, **kwargs), "masked": lambda: layer.forward(*args, **kwargs)}
-            )
-        )
-        == "masked"
-    )
+    forms = {"dense": plain, "masked": layer}
+    refused, asked = semi_structured.why_not(layer), semi_structured.is_candidate(layer)
+    if refused is None:
+        try:
+            forms["2:4"] = semi_structured.compress_(copy.deepcopy(plain))
+            forms["2:4"].forward(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:  # torch's reasons differ from version to version
+            refused = str(error).splitlines()[0]
+            forms.pop("2:4", None)
+    seconds = dispatch.measure({name: lambda f=form: f.forward(*args, **kwargs) for name, form in forms.items()})
+    fastest = dispatch.fastest(seconds)
+    if fastest != "masked":
+        to_plain(layer)
+    if fastest == "2:4":
+        semi_structured.compress_(layer)
+    times = ", ".join(f"{name} {s * 1e6:.4g}" for name, s in sorted(seconds.items(), key=lambda item: item[1]))
+    if refused is not None and asked:
+        times += f"; no 2:4 form: {refused}"
+    layer._why_this_form = f"compress, in µs: {times}"

@@ -7,10 +7,12 @@ from torch import nn
 
 from .. import kernels
 from ..ops import block_linear, dispatch
+from . import semi_structured
 from .convert import left_dense
 from .invariant import MaskedWeight
 from .linear import MaskedConv1D, MaskedLinear
 from .packed import PackedWeight
+from .semi_structured import SemiStructuredLinear
 
 HEADER = ("layer", "kind", "weight", "density", "backend", "measured, in µs")
 
@@ -23,7 +25,7 @@ class LayerRow:
         name, kind, shape: of the layer and its weight.
         density: the fraction kept, 0..1.
         backend: what runs it: one name, or "forward: cpu, backward: dense"; "undecided" before the first call.
-        note: why, where there is nothing measured.
+        note: why, where there is nothing measured, and what else there is to say.
         measurements: rows of `dispatch.table()` that fit the layer: its shape, density and device, for the present
             number of threads. Key "us": backend -> median microseconds.
     """
@@ -38,7 +40,14 @@ class LayerRow:
 
     def cells(self) -> tuple[str, ...]:
         shape = "×".join(map(str, self.shape))
-        return self.name, self.kind, shape, f"{self.density:.2%}", self.backend, self.note or self._times()
+        return (
+            self.name,
+            self.kind,
+            shape,
+            f"{self.density:.2%}",
+            self.backend,
+            "; ".join(filter(None, (self.note, self._times()))),
+        )
 
     def _times(self):
         parts = []
@@ -86,8 +95,11 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_masked_row(name, module, measured))
         elif isinstance(module, PackedWeight):
             rows.append(_packed_row(name, module))
+        elif isinstance(module, SemiStructuredLinear):
+            rows.append(_semi_structured_row(name, module))
         elif isinstance(module, (nn.Linear, nn.Conv2d)) or name in reasons:
-            rows.append(_plain_row(name, module, reasons.get(name, "not masked: sparsify or prune changes that")))
+            reason = reasons.get(name, "not masked: sparsify or prune changes that")
+            rows.append(_plain_row(name, module, getattr(module, "_why_this_form", reason)))
     return Explanation(rows, dispatch.forced())
 
 
@@ -100,6 +112,13 @@ def _plain_row(name, module, reason):
     return LayerRow(name, type(module).__name__, shape, density, "dense", reason)
 
 
+def _semi_structured_row(name, layer):
+    weight = layer.dense_weight()
+    density = float((weight != 0).double().mean())
+    arguments = (name, type(layer).__name__, tuple(weight.shape), density, "2:4 (torch's semi-structured tensors)")
+    return LayerRow(*arguments, layer._why_this_form)
+
+
 def _packed_row(name, layer):
     note = f"packed: {layer.values.numel()} values, expanded for each call"
     return LayerRow(name, type(layer).__name__, tuple(layer.weight_shape), layer.density, "dense", note)
@@ -110,6 +129,10 @@ def _masked_row(name, layer, measured):
     arguments = (name, type(layer).__name__, shape, layer.density)
     if layer.density == 1:
         return LayerRow(*arguments, "dense", "nothing is pruned")
+    note = ""
+    if semi_structured.is_candidate(layer):
+        refused = semi_structured.why_not(layer)
+        note = f"2:4, no semi-structured form: {refused}" if refused else "2:4: compress tries the semi-structured form"
     block = None
     if isinstance(layer, MaskedLinear):
         block = block_linear.blocks_for(layer.weight, layer.weight_mask, shape)
@@ -133,7 +156,8 @@ def _masked_row(name, layer, measured):
     if not fitting:
         if block is not None and not kernels.AVAILABLE:
             return LayerRow(*arguments, "dense", f"blocks of {block[0]}x{block[1]} need Triton: {kernels.WHY_NOT}")
-        return LayerRow(*arguments, "undecided", "not yet measured: not run so far, or only dense comes into question")
+        undecided = "not yet measured: not run so far, or only dense comes into question"
+        return LayerRow(*arguments, "undecided", "; ".join(filter(None, (undecided, note))))
     fitting.sort(key=lambda row: (row["direction"] != "forward", row["batch"]))
     chosen = {}
     for row in fitting:
@@ -144,7 +168,7 @@ def _masked_row(name, layer, measured):
         backend = ", ".join(f"{direction}: {'/'.join(dict.fromkeys(found))}" for direction, found in chosen.items())
     if block is not None and "triton" in backend:
         backend += f" (blocks of {block[0]}x{block[1]})"
-    return LayerRow(*arguments, backend, "", fitting)
+    return LayerRow(*arguments, backend, note, fitting)
 
 
 def _padding(layer):
