@@ -112,8 +112,8 @@ class MaskedWeight:
 
     def _premasked(self) -> bool:
         """True when `weight` is known to be zero off the mask, restoring the zeros if they may be gone."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+            return False  # torch.func's transforms: a hook that masks the gradient would see none of their gradients
         weight, words = self._parameters.get("weight"), self._buffers["weight_mask"]
         if type(weight) is not nn.Parameter:  # functional_call, vmap, replicas: somebody else's tensor
             return False

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _ext
 from . import bitmask, derived, dispatch, reference
-from .library import LIBRARY, check_tensors, is_plain
+from .library import LIBRARY, check_tensors, is_plain, transformed
 
 OP = "masked_conv2d"
 _ARGUMENTS = "int[2] stride, int[2] padding, int[2] dilation, int groups, bool premasked"
@@ -288,23 +288,6 @@ class _MaskedConv2d(torch.autograd.Function):
         return dx, dw, None, db, None, None, None, None, None
 
 
-class _TransformedConv2d(_MaskedConv2d):
-    """The form that torch.func's transforms (grad, vmap, ...) ask for."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, weight, words, bias, stride, padding, dilation, groups, premasked):
-        return torch.ops.sparselottery.masked_conv2d(
-            x, weight, words, bias, stride, padding, dilation, groups, premasked
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, words, _, *ctx.arguments = inputs
-        ctx.save_for_backward(x, weight, words)
-
-
 # ---- the public function ----
 
 
@@ -337,6 +320,7 @@ def masked_conv2d(
     Returns:
         `[N, out, H', W']` (`[out, H', W']` for an unbatched `x`), channels_last if `x` or `weight` is. The gradient of
         `weight` is zero wherever the mask is. Under autocast `x`, `weight` and `bias` are cast as for conv2d.
+        Differentiable twice; in forward mode and under `torch.func`'s transforms too, where it is computed in plain torch.
 
     Raises:
         TypeError: not a tensor; a dtype that is not floating point, or that differs between arguments.
@@ -357,9 +341,10 @@ def masked_conv2d(
         )
     arguments = (x, weight, words, bias, stride, padding, dilation, groups, premasked)
     differentiable = (x, weight) if bias is None else (x, weight, bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
-        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-        y = (_TransformedConv2d if transformed else _MaskedConv2d).apply(*arguments)
+    if transformed():
+        y = reference.masked_conv2d(*arguments[:-1])
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
+        y = _MaskedConv2d.apply(*arguments)
     else:
         y = torch.ops.sparselottery.masked_conv2d(*arguments)
     return y.squeeze(0) if unbatched else y

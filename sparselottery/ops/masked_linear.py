@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .. import _ext
 from . import bitmask, dispatch, reference
-from .library import LIBRARY, check_tensors, is_plain
+from .library import LIBRARY, check_tensors, is_plain, transformed
 
 OP = "masked_linear"
 
@@ -414,21 +414,6 @@ class _MaskedLinear(torch.autograd.Function):
         return dx, dw, None, db, None
 
 
-class _TransformedLinear(_MaskedLinear):
-    """The form that torch.func's transforms (grad, vmap, ...) ask for."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, weight, words, bias, premasked):
-        return torch.ops.sparselottery.masked_linear(x, weight, words, bias, premasked)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, words, _, ctx.premasked = inputs
-        ctx.save_for_backward(x, weight, words)
-
-
 def _differentiable_backward(grad, x, weight, words, wanted):
     keep = reference.bitmask_unpack(words, weight.shape)
     dx = grad @ torch.where(keep, weight, 0) if wanted[0] else None
@@ -449,7 +434,8 @@ def masked_linear(
         premasked: the caller's promise that `weight` is 0 wherever the mask is; it spares the dense backend a masked copy.
 
     Returns:
-        `[*, out_features]`. The gradient of `weight` is zero wherever the mask is. Differentiable twice.
+        `[*, out_features]`. The gradient of `weight` is zero wherever the mask is. Differentiable twice;
+        in forward mode and under `torch.func`'s transforms too, where it is computed in plain torch.
 
     Raises:
         TypeError: not a tensor; a dtype that is not floating point, or that differs between arguments.
@@ -459,11 +445,11 @@ def masked_linear(
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, words, bias)
+    if transformed():
+        return reference.masked_linear(x, weight, words, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return _TransformedLinear.apply(x, weight, words, bias, premasked)
         return _MaskedLinear.apply(x, weight, words, bias, premasked)
     return torch.ops.sparselottery.masked_linear(x, weight, words, bias, premasked)
 
