@@ -106,6 +106,7 @@ def cuda_cases() -> list[Case]:
         cases.append(Case("linear", (4096, 4096), density, 4096, "float32", BOTH))
         cases.append(Case("conv", (256, 256, 3, 28), density, 128, "bfloat16", BOTH, quick=density == 0.1))
         cases.append(Case("optim", (25_000_000,) * 4, density, quick=density == 0.1))
+        cases.append(Case("optim", (25_000_000,) * 4, density, dtype="bfloat16"))
         cases.append(Case("step", (784, 300, 100, 10), density, 60, quick=density == 0.1))
     for what in ("pack", "unpack", "count", "hamming", "apply"):
         cases.append(Case("bitmask", (what, 8192, 8192), 0.1, quick=what == "apply"))
@@ -121,6 +122,7 @@ def small_cases() -> list[Case]:
         Case("conv", (5, 7, 3, 8), 0.2, 3, direction=BOTH),
         Case("step", (20, 15, 10), 0.2, 6),
         Case("optim", (1500, 3), 0.1),
+        Case("optim", (1500, 3), 0.1, dtype="bfloat16"),
     ]
     return cases + [Case("bitmask", (what, 6, 64), 0.3) for what in ("pack", "unpack", "count", "hamming", "apply")]
 

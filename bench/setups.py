@@ -290,8 +290,11 @@ def is_exact_topk(tensors, masks, threshold: float, keep: int) -> Tensor:
 
 
 def optim(case, seed) -> Work:
-    """One Adam step over many tensors against torch.optim.Adam; tensors of under a thousand weights stay dense."""
-    from sparselottery.ops.masked_optim import masked_adam_
+    """One Adam step over many tensors against torch.optim.Adam; tensors of under a thousand weights stay dense.
+
+    A case of bfloat16 has float32 masters: torch steps them and copies them to bfloat16.
+    """
+    from sparselottery.ops.masked_optim import tables
 
     generator = _generator(case, seed)
     masks = [_mask((n,), case.density if n >= 1000 else 1.0, generator) for n in case.sizes]
@@ -299,19 +302,29 @@ def optim(case, seed) -> Work:
     start = [
         torch.randn(n, generator=generator, device=case.device) * m for n, m in zip(case.sizes, masks, strict=True)
     ]
-    grads = [torch.randn(n, generator=generator, device=case.device) for n in case.sizes]
+    half = getattr(torch, case.dtype) if case.dtype != "float32" else None
+    grads = [torch.randn(n, generator=generator, device=case.device).to(half or torch.float32) for n in case.sizes]
     factors = [m.float() for m in masks]
     lr, steps = 1e-3, 3
 
     def masked():
         params = [t.clone() for t in start]
         first, second = ([torch.zeros_like(t) for t in start] for _ in range(2))
+        copies = [t.to(half) for t in start] if half else None
+        flags = [True] * len(start), [False] * len(start)
+        # As sparselottery.optim keeps them from step to step.
+        made = tables(params, grads, (first, second, []), words, *flags, copies)
+        scalars = {"lr": lr, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+        scalars |= {"decoupled": False, "maximize": False}
         step = 0
 
         def run(i):
             nonlocal step
             step += 1
-            masked_adam_(params, grads, first, second, [], words, step=step, lr=lr, clean=True)
+            for positions, table in made:
+                table.serves([grads[i] for i in positions])
+                table.adam(step=[step] * len(positions), **scalars)
+            return first, second, words, copies  # the tables keep addresses only
 
         return params, run
 
@@ -320,11 +333,16 @@ def optim(case, seed) -> Work:
         for p, g in zip(params, grads, strict=True):
             p.grad = g.to(p.dtype, copy=True)
         optimizer = torch.optim.Adam(params, lr=lr, **options)
+        copies = [t.to(half) for t in start] if half else None
 
         def run(i):
+            if half and not double:
+                torch._foreach_copy_([p.grad for p in params], grads)
             if multiply:  # what prune-style hooks do to the gradient
                 torch._foreach_mul_([p.grad for p in params], factors if not double else [f.double() for f in factors])
             optimizer.step()
+            if half:
+                torch._foreach_copy_(copies, params)
 
         return params, run
 
@@ -341,7 +359,7 @@ def optim(case, seed) -> Work:
         dense(fused=True)[1], lambda: after_steps(lambda: dense(fused=True))
     )
     kept = sum(int(m.sum()) for m in masks)
-    moved = 7 * 4 * kept + sum(case.sizes) / 8
+    moved = (28 if half is None else 24 + 2 * half.itemsize) * kept + sum(case.sizes) / 8
     return Work(candidates, lambda: after_steps(lambda: dense(double=True)), 1e-5, moved)
 
 

@@ -3,7 +3,17 @@
 A parameter that a masked layer owns is updated where its mask is 1; elsewhere weight and state are exactly 0 after
 every step, also right after pruning in mid-training. All other parameters are updated as torch.optim does. One call
 into C++ (CUDA: one kernel launch) updates all parameters of a group.
+
+`master_weights=True` keeps, for parameters of float16 and bfloat16, float32 weights and state (`state["master_param"]`); the
+parameter is then the master, rounded, after every step. A parameter that somebody else writes to takes its master along.
+
+CUDA graphs: Adam and AdamW with `capturable=True`, and SGD, can be captured together with the forward and backward pass,
+after at least one step outside of the graph. A learning rate that is a tensor on the device is read at each replay; a number
+is fixed by the capture. Between replays masks may be changed by `set_mask` or `prune`: they are read at each replay; the state
+of weights that they prune is zeroed by the next step outside of a graph.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -13,8 +23,8 @@ from .ops import masked_optim
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
-
 _ONE = torch.tensor(1.0)
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def _check_number(name, value):
@@ -26,24 +36,28 @@ def _check_number(name, value):
         raise ValueError(f"{name}: expected a number of at least 0, got {value}")
 
 
-class _Plan:
-    """The lists of one step of one param group, and what must not have changed for them to serve the next one."""
+def _is_captured(params):
+    """Whether a CUDA graph is being captured. Does not start CUDA."""
+    return params[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
-    def __init__(self, params, words, slots, lists, fresh, steps):
-        self.params, self.words, self.slots, self.lists = params, words, slots, lists
+
+class _Plan:
+    """The lists of one step of one param group, and what must not have changed for them to serve the next one.
+
+    `targets` are the tensors that are stepped: the masters where there are such, else the parameters.
+    """
+
+    def __init__(self, params, masters, words, slots, lists, fresh, steps):
+        self.params, self.masters, self.words, self.slots, self.lists = params, masters, words, slots, lists
         self.fresh, self.steps = fresh, steps
-        kinds = {(masked_optim.backend_of(p), p.dtype) for p in params}
-        self.fast = len(kinds) == 1 and next(iter(kinds))[0] == "cpu"
+        self.targets = [p if m is None else m for p, m in zip(params, masters, strict=True)]
+        self.copies = [None if m is None else p for p, m in zip(params, masters, strict=True)]
         self.pointers = [p.data_ptr() for p in params]
-        self.others = [t for tensors in [*lists, words] for t in tensors if t is not None]
+        self.others = [t for tensors in [*lists, masters, words] for t in tensors if t is not None]
         self.other_pointers = [t.data_ptr() for t in self.others]
         self.sizes = [p.numel() for p in params]
         self.clean = [False] * len(params)
-        self.versions = self._table = None
-
-    def is_fast(self):
-        """Whether the extension may be called without the checks and the registered op around it."""
-        return self.fast and not torch.compiler.is_compiling()
+        self.versions = self._tables = None
 
     def current_versions(self):
         return [(p._version, None if w is None else w._version) for p, w in zip(self.params, self.words, strict=True)]
@@ -52,15 +66,18 @@ class _Plan:
         """To be called after a step: dead weights and their state are 0 now, until somebody writes to them."""
         if not all(self.clean) or any(self.fresh):
             self.clean, self.fresh = [True] * len(self.params), [False] * len(self.params)
-            self._table = None
+            self._tables = None
         self.versions = self.current_versions()
 
-    def table(self, grads):
-        """What the extension needs to know, kept from step to step."""
-        if self._table is None or not self._table.serves(grads):
-            states = [*self.lists, *[None] * (3 - len(self.lists))]
-            self._table = masked_optim.CpuTable(self.params, grads, states, self.words, self.clean, self.fresh)
-        return self._table
+    def tables(self, grads, counted):
+        """[(positions, table)] as `masked_optim.tables` makes them, kept from step to step; `counted`: on the device."""
+        if self._tables is not None and all(t.serves([grads[i] for i in group]) for group, t in self._tables):
+            return self._tables
+        states = [*self.lists, *[[]] * (3 - len(self.lists))]
+        steps = self.steps if counted else None
+        lists = (self.targets, grads, states, self.words, self.clean, self.fresh, self.copies, steps)
+        self._tables = masked_optim.tables(*lists)
+        return self._tables
 
     def serves(self, params, grads, words, state, slots) -> bool:
         if slots != self.slots or len(params) != len(self.params):
@@ -74,9 +91,9 @@ class _Plan:
             for slot, tensors in zip(slots, self.lists, strict=True):
                 if own.get(slot) is not tensors[i]:
                     return False
-            if own.get("step") is not self.steps[i]:
+            if own.get("step") is not self.steps[i] or own.get("master_param") is not self.masters[i]:
                 return False
-        # The same tensors in other memory: `state.data = ...`, share_memory_(). The extension keeps addresses.
+        # The same tensors in other memory: `state.data = ...`, share_memory_(). The tables keep addresses.
         if [t.data_ptr() for t in self.others] != self.other_pointers:
             return False
         return self.versions == self.current_versions()
@@ -87,30 +104,44 @@ class _MaskedOptimizer(torch.optim.Optimizer):
 
     masks_weights = True  # tells masked layers that they need not zero anything after a step
 
-    def __init__(self, params, defaults):
+    def __init__(self, params, defaults, master_weights):
         lr = defaults["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr: expected a number or a tensor of one element, got {list(lr.shape)}")
         for name in ("lr", "weight_decay"):
             _check_number(name, defaults[name])
-        for name in ("capturable", "differentiable"):
-            if defaults.get(name):
-                raise ValueError(
-                    f"{name}: not supported by {type(self).__name__}; use torch.optim.{type(self).__name__}"
-                )
+        if defaults["differentiable"]:
+            name = type(self).__name__
+            raise ValueError(f"differentiable: not supported by {name}; use torch.optim.{name}")
+        if not isinstance(master_weights, bool):
+            raise TypeError(f"master_weights: expected True or False, got {master_weights!r}")
+        if master_weights:  # not a key of torch.optim's: checkpoints without it are torch.optim's own
+            defaults = defaults | {"master_weights": True}
         self._plans = {}
+        self._captured = []
         super().__init__(params, defaults)
 
     def __setstate__(self, state):
         super().__setstate__(state)
         self._plans = {}
+        self.__dict__.setdefault("_captured", [])
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-            # A checkpoint of torch.optim may ask for these; they change how a step runs, not what it computes.
-            for name in ("capturable", "differentiable"):
-                if name in group:
-                    group[name] = False
+            # A checkpoint of torch.optim may ask for it; it changes how a step runs, not what it computes.
+            if "differentiable" in group:
+                group["differentiable"] = False
+
+    def load_state_dict(self, state_dict):
+        """As torch.optim's; float32 state of masters stays float32."""
+        super().load_state_dict(state_dict)
+        saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, p in zip(saved, own, strict=True):
+            for slot, value in state_dict["state"].get(key, {}).items():
+                # torch has rounded it to the parameter's type.
+                if slot != "step" and p.dtype in _HALVES and isinstance(value, Tensor) and value.dtype is torch.float32:
+                    self.state[p][slot] = value.detach().to(device=p.device, copy=True)
 
     def step(self, closure=None):
         """Update the survivors of all parameters that have a gradient.
@@ -120,6 +151,9 @@ class _MaskedOptimizer(torch.optim.Optimizer):
 
         Returns:
             What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and a replay could not repeat this step.
         """
         loss = None
         if closure is not None:
@@ -130,6 +164,7 @@ class _MaskedOptimizer(torch.optim.Optimizer):
                 self._step_group(position, group)
         return loss
 
+    @torch.compiler.disable  # addresses and plans are nothing to trace
     def _step_group(self, position, group):
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
@@ -139,13 +174,28 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         plan = self._plans.get(position)
         if plan is None or not plan.serves(params, grads, words, self.state, self._slots(group)):
             plan = self._plans[position] = self._make_plan(group, params, grads, words)
+        captured = _is_captured(params)
+        if captured:
+            self._check_capture(group, plan)
         # Dropped while the step runs: should it fail half way, the next one starts from nothing.
         del self._plans[position]
-        self._advance(group, plan, grads)
-        if plan.is_fast():
-            masked_optim.increment_version(params)
+        tables = plan.tables(grads, self._counts_on_device(group))
+        self._advance(group, plan, tables)
+        masked_optim.increment_version(params)
+        if captured:
+            self._captured.append((plan, tables))  # replays read the tables' memory
         plan.done()
         self._plans[position] = plan
+
+    def _check_capture(self, group, plan):
+        if any(plan.fresh):
+            raise RuntimeError(
+                f"{type(self).__name__}.step: the first step cannot be captured in a CUDA graph, since each replay would "
+                "start from fresh state; take one before the capture"
+            )
+
+    def _counts_on_device(self, group):
+        return False
 
     def _make_plan(self, group, params, grads, words):
         for p, g in zip(params, grads, strict=True):
@@ -154,20 +204,42 @@ class _MaskedOptimizer(torch.optim.Optimizer):
             if p.is_complex():
                 raise ValueError(f"{type(self).__name__}: expected real parameters, got {p.dtype}")
         slots = self._slots(group)
-        lists, fresh = [[] for _ in slots], []
+        lists, fresh, masters = [[] for _ in slots], [], []
         for p in params:
             state = self.state[p]
-            self._start(state)
+            self._start(group, state, p)
+            masters.append(self._master(group, state, p))
+            target = p if masters[-1] is None else masters[-1]
             fresh.append(any(state.get(slot) is None for slot in slots))  # torch.optim.SGD may store None
             for tensors, slot in zip(lists, slots, strict=True):
                 if state.get(slot) is None:
-                    state[slot] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                    state[slot] = torch.zeros_like(target, memory_format=torch.preserve_format)
+                elif target is not p and state[slot].dtype is p.dtype:  # from a checkpoint without masters
+                    state[slot] = state[slot].to(target.dtype)
                 tensors.append(state[slot])
+        steps = [self.state[p].get("step") for p in params]
+        plan = _Plan(params, masters, words, slots, lists, fresh, steps)
         # A state_dict may have brought tensors of any shape; nothing unchecked goes where only addresses count.
-        masked_optim.check(params, {"grads": grads} | dict(zip(slots, lists, strict=True)), words)
-        return _Plan(params, words, slots, lists, fresh, [self.state[p].get("step") for p in params])
+        masked_optim.check(params, {"grads": grads}, words)
+        masked_optim.check(plan.targets, dict(zip(slots, lists, strict=True)), words)
+        return plan
 
-    def _start(self, state):
+    def _master(self, group, state, p):
+        """The float32 weights behind a parameter of lower precision, None where there are none."""
+        if not group.get("master_weights") or p.dtype not in _HALVES:
+            return state.get("master_param")
+        master = state.get("master_param")
+        if master is None:
+            state["master_param"] = master = p.detach().to(torch.float32)
+        else:
+            masked_optim.check([master], {}, [None])
+            if master.shape != p.shape:
+                raise ValueError(f"master_param: expected {list(p.shape)} like its parameter, got {list(master.shape)}")
+            # Where the parameter is another one now (loaded, rewound to its initial weights), the master is that.
+            master.copy_(torch.where(master.to(p.dtype) == p, master, p))
+        return master
+
+    def _start(self, group, state, p):
         """Put into a parameter's state what is not a tensor of its shape."""
 
 
@@ -176,6 +248,7 @@ class SGD(_MaskedOptimizer):
 
     Args: torch.optim.SGD's. `foreach` and `fused` are accepted and change nothing: there is one implementation, fused
     over all tensors. State and checkpoints are torch.optim.SGD's too.
+        master_weights: see the module.
 
     Raises:
         TypeError, ValueError: a value of the wrong kind or out of range; `differentiable=True`.
@@ -183,7 +256,7 @@ class SGD(_MaskedOptimizer):
 
     def __init__(
         self, params, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=False, *,
-        maximize=False, foreach=None, differentiable=False, fused=None,
+        maximize=False, foreach=None, differentiable=False, fused=None, master_weights=False,
     ):  # fmt: skip
         _check_number("momentum", momentum)
         if nesterov and (momentum <= 0 or dampening != 0):
@@ -192,22 +265,23 @@ class SGD(_MaskedOptimizer):
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
             "maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused,
         }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, master_weights)
 
     def _slots(self, group):
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _advance(self, group, plan, grads):
+    def _advance(self, group, plan, tables):
         scalars = {
-            "lr": float(group["lr"]), "momentum": group["momentum"], "dampening": group["dampening"],
-            "weight_decay": float(group["weight_decay"]), "nesterov": group["nesterov"], "maximize": group["maximize"],
+            "momentum": group["momentum"], "dampening": group["dampening"], "weight_decay": float(group["weight_decay"]),
+            "nesterov": group["nesterov"], "maximize": group["maximize"],
         }  # fmt: skip
-        if plan.is_fast():
-            plan.table(grads).sgd(**scalars)
-        else:
-            buffers = plan.lists[0] if plan.lists else []
-            flags = {"first": plan.fresh, "clean": plan.clean}
-            masked_optim.masked_sgd_(plan.params, grads, buffers, plan.words, **flags, **scalars)
+        for positions, table in tables:
+            table.sgd(lr=_rate(group["lr"], plan.params[positions[0]]), **scalars)
+
+
+def _rate(lr, param):
+    """The learning rate as a table takes it: a tensor only on the parameters' device, where nobody has to wait for it."""
+    return lr if isinstance(lr, Tensor) and lr.device == param.device else float(lr)
 
 
 class Adam(_MaskedOptimizer):
@@ -215,14 +289,17 @@ class Adam(_MaskedOptimizer):
 
     Args: torch.optim.Adam's. `foreach` and `fused` are accepted and change nothing: there is one implementation, fused
     over all tensors. State and checkpoints are torch.optim.Adam's too.
+        capturable: step numbers live on the parameters' device, and a step waits for nothing there. On any device.
+        master_weights: see the module.
 
     Raises:
-        TypeError, ValueError: a value of the wrong kind or out of range; `capturable=True` or `differentiable=True`.
+        TypeError, ValueError: a value of the wrong kind or out of range; `differentiable=True`.
     """
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False, *, foreach=None,
         maximize=False, capturable=False, differentiable=False, fused=None, decoupled_weight_decay=False,
+        master_weights=False,
     ):  # fmt: skip
         try:
             betas = tuple(float(b) for b in betas)
@@ -236,30 +313,47 @@ class Adam(_MaskedOptimizer):
             "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
             "fused": fused, "decoupled_weight_decay": decoupled_weight_decay,
         }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, master_weights)
 
     def _slots(self, group):
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _start(self, state):
+    def _start(self, group, state, p):
         step = state.get("step", 0.0)
+        if group["capturable"]:
+            dtype, device = torch.float32, p.device
+        else:
+            dtype, device = torch.get_default_dtype(), torch.device("cpu")
+            dtype = dtype if dtype == torch.float64 else torch.float32
         if not isinstance(step, Tensor):  # a new parameter, or a checkpoint of an old torch that kept a number
-            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            state["step"] = torch.tensor(float(step), dtype=dtype)
+            state["step"] = torch.full((), float(step), dtype=dtype, device=device)
+        elif step.device != device or (group["capturable"] and step.dtype != dtype):
+            state["step"] = step.to(device=device, dtype=dtype)
 
-    def _advance(self, group, plan, grads):
-        torch._foreach_add_(plan.steps, _ONE, alpha=1.0)  # a tensor: a number would be wrapped anew for each
+    def _check_capture(self, group, plan):
+        super()._check_capture(group, plan)
+        if not group["capturable"]:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: a CUDA graph is being captured, but a replay would repeat the same step number; "
+                f"make the optimizer with capturable=True"
+            )
+
+    def _counts_on_device(self, group):
+        return group["capturable"]
+
+    def _advance(self, group, plan, tables):
         beta1, beta2 = group["betas"]
         scalars = {
-            "step": [step.item() for step in plan.steps], "lr": float(group["lr"]), "beta1": float(beta1),
-            "beta2": float(beta2), "eps": group["eps"], "weight_decay": float(group["weight_decay"]),
+            "beta1": float(beta1), "beta2": float(beta2), "eps": group["eps"], "weight_decay": float(group["weight_decay"]),
             "decoupled": group["decoupled_weight_decay"], "maximize": group["maximize"],
         }  # fmt: skip
-        if plan.is_fast():
-            plan.table(grads).adam(**scalars)
-        else:
-            lists = [*plan.lists, []][:3]
-            masked_optim.masked_adam_(plan.params, grads, *lists, plan.words, clean=plan.clean, **scalars)
+        steps, capturable = plan.steps, group["capturable"]
+        if not capturable:
+            torch._foreach_add_(steps, _ONE, alpha=1.0)  # a tensor: a number would be wrapped anew for each
+            steps = [step.item() for step in steps]
+        for positions, table in tables:
+            lr = _rate(group["lr"], plan.params[positions[0]]) if capturable else float(group["lr"])
+            table.adam(step=[steps[i] for i in positions], lr=lr, **scalars)
 
 
 class AdamW(Adam):
@@ -270,11 +364,11 @@ class AdamW(Adam):
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, maximize=False,
-        foreach=None, capturable=False, differentiable=False, fused=None,
+        foreach=None, capturable=False, differentiable=False, fused=None, master_weights=False,
     ):  # fmt: skip
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize, capturable=capturable,
-            differentiable=differentiable, fused=fused, decoupled_weight_decay=True,
+            differentiable=differentiable, fused=fused, decoupled_weight_decay=True, master_weights=master_weights,
         )  # fmt: skip
 
     def __setstate__(self, state):

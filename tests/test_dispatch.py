@@ -131,6 +131,14 @@ def test_measurements_survive_the_process():
     assert dispatch.table()[0]["source"] == "cached"
 
 
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert choose({"dense": refuse, "cpu": refuse}) == "dense"
+    assert dispatch.table() == []
+
+
 def test_other_candidates_are_measured_again():
     choose({"dense": waits(2e-3), "cpu": waits(1e-4)})
     dispatch.clear()

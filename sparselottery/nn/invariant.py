@@ -121,7 +121,7 @@ class MaskedWeight:
             now = (id(weight), weight._version, weight.data_ptr(), id(words), words._version)
         except RuntimeError:  # tensors of inference_mode have no version, fake ones no address
             return False
-        if now != self._seen or (self._probe is not None and bool(self._probe)):
+        if now != self._seen or (self._probe is not None and self._probe.tolist()):  # tolist: no operation
             return self._restore()
         return True
 

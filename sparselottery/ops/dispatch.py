@@ -161,6 +161,8 @@ def choose(op: str, key: tuple, candidates: dict[str, Callable[[], object]], *, 
         name = _decisions.setdefault(op, {}).get(key)
         if name is None:
             name = _recall(op, key, measured)
+        if name is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return "dense"  # a stopwatch would end the capture; a call before the capture will have been measured
         if name is None:
             seconds = measure(measured)
             name = fastest(seconds, CALL.get(key[0], 0.0))

@@ -172,12 +172,40 @@ def backend_of(param: Tensor) -> str:
     return "reference"
 
 
-def _split(params) -> dict:
-    """{(backend, device, dtype): positions}: each group is one call."""
+def tables(params, grads, states, words, clean, fresh, copies=None, steps=None) -> list:
+    """[(positions, table)]: what steps the tensors of one backend, device and dtype in one call, unchecked.
+
+    A table has `sgd` and `adam`, which take the numbers of `masked_sgd_` and `masked_adam_`, and `serves(grads)`: whether it can
+    go on with other gradients of the same tensors. It keeps addresses: a caller that keeps a table keeps the tensors alive, and
+    their memory where it is.
+
+    Args:
+        params, grads, words, clean, fresh: lists, as in `masked_sgd_` (`fresh`: its `first`).
+        states: three lists of tensors (SGD: momentum buffers first; Adam: both moments, AMSGrad's), empty where there are none.
+        copies: for each parameter None, or a tensor of its gradient's dtype that follows it, rounded; the parameter is then its
+            float32 master.
+        steps: tensors that count Adam's steps, where `adam` will be called with them instead of numbers.
+    """
     groups = {}
     for i, p in enumerate(params):
-        groups.setdefault((backend_of(p), p.device, p.dtype), []).append(i)
-    return groups
+        copy = copies[i] if copies else None
+        groups.setdefault((backend_of(p), p.device, p.dtype, None if copy is None else copy.dtype), []).append(i)
+    made = []
+    for (backend, _, _, copied), group in groups.items():
+        lists = [_take(x, group) for x in (params, grads)]
+        lists.append([_take(s, group) if s else [] for s in states])
+        lists += [_take(x, group) for x in (words, clean, fresh)]
+        lists += [_take(copies, group) if copied else None, _take(steps, group) if steps else None]
+        made.append((group, _table_class(backend)(*lists)))
+    return made
+
+
+def _table_class(backend):
+    if backend == "triton":
+        from ..kernels import masked_optim
+
+        return masked_optim.Table
+    return CpuTable if backend == "cpu" else ReferenceTable
 
 
 def _sgd(
@@ -185,13 +213,8 @@ def _sgd(
 ):
     scalars = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
     scalars |= {"nesterov": nesterov, "maximize": maximize}
-    for backend, group in _split(params).items():
-        p, g, b, w, f, c = (_take(x, group) for x in (params, grads, momentum_buffers, words, first, clean))
-        if backend[0] == "reference":
-            for i in range(len(p)):
-                reference.masked_sgd_(p[i], g[i], b[i] if b else None, w[i], first=f[i], **scalars)
-        else:
-            _sgd_of(backend[0])(p, g, b, w, first=f, clean=c, **scalars)
+    for _, table in tables(params, grads, (momentum_buffers, [], []), words, clean, first):
+        table.sgd(**scalars)
     increment_version([*params, *momentum_buffers])
 
 
@@ -201,31 +224,10 @@ def _adam(
 ):  # fmt: skip
     scalars = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     scalars |= {"decoupled": decoupled, "maximize": maximize}
-    for backend, group in _split(params).items():
-        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, words, step, clean)
-        p, g, a, b, m, w, n, c = (_take(x, group) for x in lists)
-        if backend[0] == "reference":
-            for i in range(len(p)):
-                reference.masked_adam_(p[i], g[i], a[i], b[i], m[i] if m else None, w[i], step=n[i], **scalars)
-        else:
-            _adam_of(backend[0])(p, g, a, b, m, w, step=n, clean=c, **scalars)
+    states, fresh = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs), [False] * len(params)
+    for group, table in tables(params, grads, states, words, clean, fresh):
+        table.adam(step=_take(step, group), **scalars)
     increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs])
-
-
-def _sgd_of(backend):
-    if backend == "cpu":
-        return cpu_sgd
-    from ..kernels import masked_optim
-
-    return masked_optim.sgd_
-
-
-def _adam_of(backend):
-    if backend == "cpu":
-        return cpu_adam
-    from ..kernels import masked_optim
-
-    return masked_optim.adam_
 
 
 LIBRARY.impl("masked_sgd_", _sgd, "CompositeExplicitAutograd")
@@ -260,20 +262,22 @@ except (TypeError, AttributeError, RuntimeError):  # an older torch takes one te
 
 
 _FIELDS = 10  # of sl::OptimTensor that travel as integers, see optim_tensors in csrc/bindings.cpp
+_ONE = torch.tensor(1.0)
 
 
 class CpuTable:
-    """What the extension reads about CPU tensors of one dtype, unchecked: addresses, sizes, flags.
+    """What the extension reads about CPU tensors of one dtype: addresses, sizes, flags. See `tables`.
 
-    Contiguous copies stand in for tensors that are not contiguous; `write_back` puts results where they belong.
-    Holds no reference to other tensors: the caller keeps them alive.
+    Contiguous copies stand in for tensors that are not contiguous or of another dtype than the parameters;
+    `_write_back` puts results where they belong.
     """
 
-    def __init__(self, params, grads, states, words, clean, fresh):
-        self.code = _ext.DTYPE_CODES[params[0].dtype]
+    def __init__(self, params, grads, states, words, clean, fresh, copies=None, steps=None):
+        self.dtype = params[0].dtype
         self.count = len(params)
         self.integers = []
-        self.copies = []
+        self.stand_ins = []
+        self.followers = list(zip(copies, params, strict=True)) if copies else []
         empty = [None] * len(params)
         states = [s or empty for s in states]
         for p, g, a, b, m, w, c, f in zip(params, grads, *states, words, clean, fresh, strict=True):
@@ -282,60 +286,98 @@ class CpuTable:
                 rows = w.size(0)
                 columns //= rows
             self.integers += (
-                self._address(p, True), self._address(g, False), self._address(a, True), self._address(b, True),
-                self._address(m, True), self._address(w, False), rows, columns, c, f,
+                self._address(p, True), self._address(g.to(self.dtype), False, g), self._address(a, True),
+                self._address(b, True), self._address(m, True), self._address(w, False), rows, columns, c, f,
             )  # fmt: skip
 
-    def _address(self, tensor, written):
+    def _address(self, tensor, written, stands_for=None):
         if tensor is None:
             return 0
-        if not tensor.is_contiguous():
+        if not tensor.is_contiguous() or (stands_for is not None and stands_for is not tensor):
             copy = tensor.contiguous()
-            self.copies.append((tensor if written else None, copy))
+            self.stand_ins.append((tensor if written else None, copy))
             tensor = copy
         return tensor.data_ptr()
 
     def serves(self, grads) -> bool:
         """Take other gradients of the same parameters. False where they, or anything else, need copies."""
-        if self.copies:
+        if self.stand_ins:
             return False
         for i, g in enumerate(grads):
-            if not g.is_contiguous():
+            if not g.is_contiguous() or g.dtype is not self.dtype:
                 return False
             self.integers[_FIELDS * i + 1] = g.data_ptr()
         return True
 
-    def write_back(self):
-        for original, copy in self.copies:
+    def _write_back(self):
+        for original, copy in self.stand_ins:
             if original is not None:
                 original.copy_(copy)
+        for copy, param in self.followers:
+            copy.copy_(param)
 
     def sgd(self, *, lr, momentum, dampening, weight_decay, nesterov, maximize):
-        """One step; the arguments of `masked_sgd_`."""
-        numbers = [lr, 0.0] * self.count
+        """One step; the arguments of `masked_sgd_`, `lr` also a tensor of one element."""
+        numbers = [_number(lr), 0.0] * self.count
         _ext.extension().cpu_masked_optim_sgd(
-            self.integers, numbers, self.code, momentum, dampening, weight_decay, nesterov, maximize
+            self.integers, numbers, _ext.DTYPE_CODES[self.dtype], momentum, dampening, weight_decay, nesterov, maximize
         )
-        self.write_back()
+        self._write_back()
 
     def adam(self, *, step, lr, beta1, beta2, eps, weight_decay, decoupled, maximize):
-        """One step; the arguments of `masked_adam_`, `step` a list."""
+        """One step; the arguments of `masked_adam_`, `step` a list of numbers, or of tensors, which are counted up."""
+        if isinstance(step[0], Tensor):
+            torch._foreach_add_(step, _ONE, alpha=1.0)
+            step = [_number(n) for n in step]
+        lr = _number(lr)
         numbers = []
         for n in step:
             numbers += (lr / (1 - beta1**n), 1 / math.sqrt(1 - beta2**n))
         decay, shrink = (0.0, 1 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
         _ext.extension().cpu_masked_optim_adam(
-            self.integers, numbers, self.code, beta1, beta2, eps, decay, shrink, maximize
+            self.integers, numbers, _ext.DTYPE_CODES[self.dtype], beta1, beta2, eps, decay, shrink, maximize
         )
-        self.write_back()
+        self._write_back()
 
 
-def cpu_sgd(params, grads, momentum_buffers, words, *, first, clean, **scalars):
-    """masked_sgd_ for CPU tensors of one dtype, unchecked; `first` and `clean` are lists."""
-    CpuTable(params, grads, (momentum_buffers, None, None), words, clean, first).sgd(**scalars)
+def _number(value):
+    """A number, or the one in a CPU tensor of one element."""
+    return value.detach().reshape(()).tolist() if isinstance(value, Tensor) else value
 
 
-def cpu_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, words, *, clean, **scalars):
-    """masked_adam_ for CPU tensors of one dtype, unchecked; `step` and `clean` are lists."""
-    states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-    CpuTable(params, grads, states, words, clean, [False] * len(params)).adam(**scalars)
+# ---- reference: tensor by tensor; what is a tensor on a device stays there ----
+
+
+class ReferenceTable:
+    """Plain torch for any device and dtype. See `tables`."""
+
+    def __init__(self, params, grads, states, words, clean, fresh, copies=None, steps=None):
+        self.states = [s or [None] * len(params) for s in states]
+        self.params, self.grads, self.words, self.fresh = params, grads, words, fresh
+        self.copies = copies or [None] * len(params)
+
+    def serves(self, grads) -> bool:
+        self.grads = grads
+        return True
+
+    def _each(self):
+        # What stands behind the yield runs after the step of that parameter.
+        for i, (p, g, w, copy) in enumerate(zip(self.params, self.grads, self.words, self.copies, strict=True)):
+            yield i, p, g.to(p.dtype), w
+            if copy is not None:
+                copy.copy_(p)
+
+    def sgd(self, *, lr, **scalars):
+        """One step; the arguments of `masked_sgd_`, `lr` also a tensor of one element."""
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
+        for i, p, g, w in self._each():
+            reference.masked_sgd_(p, g, self.states[0][i], w, first=self.fresh[i], lr=lr, **scalars)
+
+    def adam(self, *, step, lr, **scalars):
+        """One step; the arguments of `masked_adam_`, `step` a list of numbers, or of tensors, which are counted up."""
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
+        if isinstance(step[0], Tensor):
+            torch._foreach_add_(step, 1.0)
+            step = [n.reshape(()).double() for n in step]
+        for i, p, g, w in self._each():
+            reference.masked_adam_(p, g, *(s[i] for s in self.states), w, step=step[i], lr=lr, **scalars)

@@ -176,7 +176,7 @@ def masked_adam_(
     if max_exp_avg_sq is not None:
         max_exp_avg_sq.copy_(torch.where(keep, torch.maximum(max_exp_avg_sq, exp_avg_sq), 0))
         second = max_exp_avg_sq
-    denominator = second.sqrt() / math.sqrt(1 - beta2**step) + eps
+    denominator = second.sqrt() / (1 - beta2**step) ** 0.5 + eps  # `step` may be a tensor
     param.copy_(torch.where(keep, p - lr / (1 - beta1**step) * exp_avg / denominator, 0))
 
 
