@@ -164,7 +164,7 @@ class _MaskedOptimizer(torch.optim.Optimizer):
                 self._step_group(position, group)
         return loss
 
-    @torch.compiler.disable  # addresses and plans are nothing to trace
+    @torch._disable_dynamo  # addresses and plans are nothing to trace; torch.compiler.disable would import the compiler
     def _step_group(self, position, group):
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
