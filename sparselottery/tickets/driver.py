@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..ops import dispatch
 from ..pruning import prune
 from ..training.history import History, check_seed, parse_step
 from . import controls
+from .batches import batches, fit_many_of, how_many
 from .pool import Pool, check_guarded
 from .result import Result, summary
 from .store import Job, Store, sha256
@@ -50,6 +51,7 @@ class Plan:
     budget: int | str | None = None
     exclude: tuple = ()
     threads: int | None = None
+    replicas: int | None = 1
 
     def jobs(self) -> list[Job]:
         """All of them, in the order of metrics.jsonl."""
@@ -97,6 +99,7 @@ class Plan:
             "control_levels": list(self.control_levels),
             "repeats": self.repeats,
             "budget": self.budget,
+            **({"replicas": self.replicas} if self.replicas > 1 else {}),
         }
 
 
@@ -107,6 +110,8 @@ def run(
 
     `config`: what config.json says besides. Without `out` the run lives in a temporary folder as long as its result.
     """
+    many = how_many(plan.replicas, plan.fit, lambda: plan.build(plan.seeds[0]), workers)
+    plan = replace(plan, replicas=many)
     if workers > 1:
         check_guarded()
     progress = progress or (lambda event: None)
@@ -151,6 +156,16 @@ def _before(store: Store) -> dict:
 
 def _done(plan: Plan, store: Store, todo: list[Job], done: set[Job], workers: int) -> Iterator[Job]:
     """Run jobs as they become ready and yield each as it is finished; tickets first, since the others wait for them."""
+    if plan.replicas > 1:
+        for batch in batches(plan.jobs(), plan.replicas):
+            wanted = [job for job in batch if job in todo]
+            if wanted:
+                with _threads(plan.threads):
+                    run_jobs(plan, store.folder, batch, wanted)
+            for job in wanted:
+                done.add(job)
+                yield job
+        return
     todo = sorted(todo, key=lambda job: (job.kind != "ticket", job.level, job.seed, job.kind, job.repeat))
 
     def ready() -> Job | None:
@@ -180,29 +195,45 @@ def _done(plan: Plan, store: Store, todo: list[Job], done: set[Job], workers: in
 
 def run_job(plan: Plan, folder: Path, job: Job) -> None:
     """One training, from the ticket it starts with to the tickets that come of it. The job's file is written last."""
+    run_jobs(plan, folder, [job], [job])
+
+
+def run_jobs(plan: Plan, folder: Path, jobs: Sequence[Job], wanted: Sequence[Job]) -> None:
+    """Trainings of one level, several of them at once; only those that are `wanted` leave something."""
     store = Store(folder)
     begin = time.perf_counter()
+    dense, rewinding = jobs[0].level == 0, plan.rewind != "init"
+    steps = {"snapshot_at" if dense else "start_at": plan.rewind} if rewinding else {}
     with dispatch.reproducible():
-        model = plan.build(job.seed)
-        rewinding = plan.rewind != "init"
-        if job.level == 0:
-            start = Ticket.of(model, model)
-            history = _fit(plan, model, job, snapshot_at=plan.rewind) if rewinding else _fit(plan, model, job)
-            rewound = _snapshot(plan, start, history) if rewinding else start
-            saved = {0: rewound.save(store.ticket(job.seed, 0))}
-        else:
-            saved = {}
-            start = rewound = _start(plan, store, job)
-            start.apply(model)
-            history = _fit(plan, model, job, start_at=plan.rewind) if rewinding else _fit(plan, model, job)
-        for level in filter(None, plan.tickets(job)):
-            prune(model, **plan.steps[level - 1])
-            saved[level] = Ticket.of(model, rewound.initial).save(store.ticket(job.seed, level))
+        models, starts = [], []
+        for job in jobs:
+            model = plan.build(job.seed)
+            starts.append(Ticket.of(model, model) if dense else _start(plan, store, job))
+            models.append(model if dense else starts[-1].apply(model))
+        histories = _fit(plan, models, jobs, **steps)
+        seconds = (time.perf_counter() - begin) / len(jobs)
+        for job, model, start, history in zip(jobs, models, starts, histories, strict=True):
+            if job in wanted:
+                _finish(plan, store, job, model, start, history, seconds)
+
+
+def _finish(
+    plan: Plan, store: Store, job: Job, model: nn.Module, start: Ticket, history: History, before: float
+) -> None:
+    """Write what a training leaves; `before`: the seconds that it took."""
+    begin = time.perf_counter()
+    saved, rewound = {}, start
+    if job.level == 0:
+        rewound = _snapshot(plan, start, history) if plan.rewind != "init" else start
+        saved[0] = rewound.save(store.ticket(job.seed, 0))
+    for level in filter(None, plan.tickets(job)):
+        prune(model, **plan.steps[level - 1])
+        saved[level] = Ticket.of(model, rewound.initial).save(store.ticket(job.seed, level))
     outcome = {
         "density": start.density,
         "kept": start.count,
         "total": start.total,
-        "seconds": round(time.perf_counter() - begin, 3),
+        "seconds": round(before + time.perf_counter() - begin, 3),
         **({"initial": digest(start)} if job.level == 0 else {}),
         **({"tickets": {level: sha256(path) for level, path in saved.items()}} if saved else {}),
     }
@@ -224,10 +255,13 @@ def _start(plan: Plan, store: Store, job: Job) -> Ticket:
     return controls.shuffle(ticket, initial, seed)
 
 
-def _fit(plan: Plan, model: nn.Module, job: Job, **steps) -> History:
-    with seeded(job.seed):
-        returned = plan.fit(model, seed=job.seed, budget=plan.budget, **steps)
-    return History.of(returned, name_of(plan.fit))
+def _fit(plan: Plan, models: Sequence[nn.Module], jobs: Sequence[Job], **steps) -> list[History]:
+    with seeded(jobs[0].seed):
+        if plan.replicas > 1:
+            returned = fit_many_of(plan.fit)(models, seeds=[job.seed for job in jobs], budget=plan.budget, **steps)
+        else:
+            returned = [plan.fit(models[0], seed=jobs[0].seed, budget=plan.budget, **steps)]
+    return [History.of(value, name_of(plan.fit)) for value in returned]
 
 
 def _snapshot(plan: Plan, start: Ticket, history: History) -> Ticket:

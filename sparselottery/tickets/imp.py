@@ -31,6 +31,7 @@ def imp(
     out: str | os.PathLike | None = None,
     workers: int = 1,
     threads: int | None = None,
+    replicas: int | None = None,
     progress: Callable[[dict], None] | None = None,
     config: Mapping | None = None,
 ) -> Result:
@@ -58,6 +59,9 @@ def imp(
             bit for bit, if `fit` is deterministic. A second process on the folder waits for the first.
         workers: processes that train at the same time (make_model and fit must pickle). threads: CPU threads of each training;
             None is 1 with several workers, else torch's. Sums over other thread counts may differ in the last bit.
+        replicas: how many trainings of a level go at once as a batch axis in this process (`sl.Trainer.fit_many`), which a GPU
+            favours with small networks: None is up to 32 on a GPU, if `fit` and the model allow it and there is one worker,
+            and 1 elsewhere. Sums over other batches may differ in the last bit.
         progress: called with a dictionary: {"event": "start" | "job" | "waiting", "done": .., "total": .., ...}.
         config: more to say in config.json, and to compare when a run goes on.
 
@@ -84,6 +88,7 @@ def imp(
         budget=budget,
         exclude=exclude,
         threads=threads,
+        replicas=replicas,
     )
     return driver.run(plan, out, workers, progress, config)
 

@@ -29,6 +29,7 @@ def one_shot(
     out: str | os.PathLike | None = None,
     workers: int = 1,
     threads: int | None = None,
+    replicas: int | None = None,
     progress: Callable[[dict], None] | None = None,
     config: Mapping | None = None,
 ) -> Result:
@@ -67,5 +68,6 @@ def one_shot(
         budget=budget,
         exclude=exclude,
         threads=threads,
+        replicas=replicas,
     )
     return driver.run(plan, out, workers, progress, config)

@@ -152,20 +152,42 @@ class Stack:
         self.models = [self.models[row] for row in rows]
 
 
+def why_not(trainer, model: nn.Module) -> str | None:
+    """Why `Trainer.fit_many` cannot train models like this one, None if it can; finds out with one forward of two copies."""
+    reason = obstacle(model)
+    if reason is not None:
+        return reason
+    try:
+        with one_error_for_all("the model"):
+            stack = Stack([model, copy.deepcopy(model)])
+            _make_optimizer(trainer, stack)
+            stack.skeleton.train()
+            device = next(iter(stack.params.values())).device
+            x, y = (t[: trainer.batch_size].to(device) for t in trainer.data["train"])
+            vmap(trainer.loss)(stack.forward(torch.stack([x, x]), shared=False), torch.stack([y, y]))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def train(trainer, models, seeds, start: int, end: int, keep: int | None, data, copy_state: Callable) -> list[History]:
     """`Trainer._loop` for a stack: the same steps at the same iterations, for every replica. See `Trainer.fit_many`."""
     histories = [History(snapshot=copy_state(model) if keep == start else None) for model in models]
-    for model in models:
-        model.train()
     stack = Stack(models)
-    stack.skeleton.train()
+    optimizer = _make_optimizer(trainer, stack)
+    for model in [*models, stack.skeleton]:
+        model.train()
+    return _Loop(trainer, stack, optimizer, list(seeds), histories, data, copy_state).run(start, end, keep)
+
+
+def _make_optimizer(trainer, stack):
     optimizer = trainer._make_optimizer(stack)
     if type(optimizer) not in ELEMENTWISE:
         raise ValueError(
             f"optimizer: {type(optimizer).__name__} is not known to treat every element of a parameter by itself, so it cannot"
             " train several models at once"
         )
-    return _Loop(trainer, stack, optimizer, list(seeds), histories, data, copy_state).run(start, end, keep)
+    return optimizer
 
 
 class _Loop:

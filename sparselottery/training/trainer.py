@@ -223,6 +223,10 @@ class Trainer:
         with _random_numbers(seeds[0], device), dispatch.reproducible(), replicas.one_error_for_all():
             return replicas.train(self, models, seeds, start, end, keep, data, _copy)
 
+    def why_not_many(self, model: nn.Module) -> str | None:
+        """Why `fit_many` cannot train models like this one, None if it can."""
+        return replicas.why_not(self, model)
+
     def _span(self, budget, snapshot_at, start_at) -> tuple[int, int, int | None]:
         """First and last iteration, and the one to keep a snapshot of."""
         end = self.iterations if budget is None else self.steps(budget, "budget")
