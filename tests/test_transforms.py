@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 import sparselottery as sl
 from sparselottery.ops import reference
+from sparselottery.ops.block_linear import block_linear
 from sparselottery.ops.masked_conv2d import masked_conv2d
 from sparselottery.ops.masked_linear import masked_linear
+from sparselottery.ops.packed import packed_conv2d, packed_linear
 
 
 def cases(dtype):
@@ -32,16 +34,39 @@ def cases(dtype):
             lambda x, w, b: F.conv2d(x, w * kernel_keep, b, 2, 1),
             (randn(2, 4, 7, 7), randn(6, 4, 3, 3), randn(6)),
         ),
+        "block_linear": (
+            lambda x, w, b: block_linear(x, w, words, b, block=(16, 16)),
+            lambda x, w, b: F.linear(x, w * keep, b),
+            (randn(5, 70), randn(40, 70), randn(40)),
+        ),
+        "packed_linear": (
+            lambda x, values, b: packed_linear(x, values, words, b, keep.shape),
+            lambda x, values, b: F.linear(x, reference.packed_expand(values, words, keep.shape), b),
+            (randn(5, 70), randn(int(keep.sum())), randn(40)),
+        ),
+        "packed_linear transposed": (
+            lambda x, values, b: packed_linear(x, values, words, b, keep.shape, transposed=True),
+            lambda x, values, b: x @ reference.packed_expand(values, words, keep.shape) + b,
+            (randn(5, 40), randn(int(keep.sum())), randn(70)),
+        ),
+        "packed_conv2d": (
+            lambda x, values, b: packed_conv2d(x, values, kernel_words, b, kernel_keep.shape, (2, 2), (1, 1)),
+            lambda x, values, b: F.conv2d(x, reference.packed_expand(values, kernel_words, kernel_keep.shape), b, 2, 1),
+            (randn(2, 4, 7, 7), randn(int(kernel_keep.sum())), randn(6)),
+        ),
     }
 
 
-@pytest.fixture(params=["linear", "conv2d"])
+KINDS = tuple(cases(torch.float32))
+
+
+@pytest.fixture(params=KINDS)
 def case(request):
     return cases(torch.float64)[request.param]
 
 
 @pytest.mark.parametrize("backend", [None, "cpu"])
-@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_jvp(kind, backend, monkeypatch):
     if backend:
         monkeypatch.setenv("SPARSELOTTERY_BACKEND", backend)
@@ -75,6 +100,14 @@ def test_jacobians_and_hessians(case):
     ours, theirs, (x, w, b) = case
     torch.testing.assert_close(*(torch.func.jacfwd(f, argnums=0)(x[:1], w, b) for f in (ours, theirs)))
     torch.testing.assert_close(*(torch.func.hessian(lambda b, f=f: f(x, w, b).pow(3).sum())(b) for f in (ours, theirs)))
+
+
+def test_a_batch_of_weights(case):
+    ours, _, (x, w, b) = case
+    weights = torch.stack([w, 2 * w])
+    torch.testing.assert_close(
+        torch.func.vmap(ours, (None, 0, None))(x, weights, b), torch.stack([ours(x, w, b), ours(x, 2 * w, b)])
+    )
 
 
 @pytest.mark.parametrize(

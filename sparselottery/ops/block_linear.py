@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import bitmask, derived, dispatch, reference
 from . import masked_linear as masked
-from .library import LIBRARY, check_tensors, is_plain
+from .library import LIBRARY, check_tensors, is_plain, transformed
 
 OP = "block_linear"
 SIDES = (128, 64, 32, 16)
@@ -257,21 +257,6 @@ class _BlockLinear(torch.autograd.Function):
         return dx, dw, None, db, None, None
 
 
-class _TransformedLinear(_BlockLinear):
-    """The form that torch.func's transforms (grad, vmap, ...) ask for."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, weight, words, bias, block, premasked):
-        return torch.ops.sparselottery.block_linear(x, weight, words, bias, block, premasked)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, words, _, *ctx.arguments = inputs
-        ctx.save_for_backward(x, weight, words)
-
-
 def block_linear(
     x: Tensor,
     weight: Tensor,
@@ -293,7 +278,8 @@ def block_linear(
         premasked: the caller's promise that `weight` is 0 wherever the mask is; it spares a masked copy.
 
     Returns:
-        `[*, out_features]`. The gradient of `weight` is zero wherever the mask is. Differentiable twice.
+        `[*, out_features]`. The gradient of `weight` is zero wherever the mask is. Differentiable twice;
+        in forward mode and under `torch.func`'s transforms too, where it is computed in plain torch.
 
     Raises:
         TypeError: not a tensor; a dtype that is not floating point, or that differs between arguments; `block` is not a
@@ -308,9 +294,9 @@ def block_linear(
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = masked._autocast(x, weight, bias)
     masked._check(x, weight, words, bias)
+    if transformed():
+        return reference.masked_linear(x, weight, words, bias)
     arguments = (x, weight, words, bias, tuple(block), premasked)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return _TransformedLinear.apply(*arguments)
         return _BlockLinear.apply(*arguments)
     return torch.ops.sparselottery.block_linear(*arguments)

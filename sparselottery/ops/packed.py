@@ -6,6 +6,8 @@ the weight go; their backward expands it once more and gathers dW at the survivo
 forward and backward. Backends: cpu (csrc/cpu/packed.cpp), cuda (csrc/cuda/packed.cu), plain torch elsewhere.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 from .. import _ext
 from .._ext import extension
 from . import bitmask, derived, reference
-from .library import LIBRARY, check_tensors
+from .library import LIBRARY, check_tensors, transformed
 
 LIBRARY.define("packed_expand(Tensor values, Tensor words, SymInt[] shape) -> Tensor")
 LIBRARY.define("packed_gather(Tensor dense, Tensor words, SymInt count) -> Tensor")
@@ -197,12 +199,15 @@ def expand(values: Tensor, words: Tensor, shape) -> Tensor:
         words: int32 words of a mask of `shape` that keeps `count` weights.
 
     Returns:
-        A fresh contiguous tensor. Its gradient, gathered at the survivors, is that of `values`. Differentiable twice.
+        A fresh contiguous tensor. Its gradient, gathered at the survivors, is that of `values`. Differentiable twice,
+        in forward mode, and under `torch.func`'s transforms.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     _check_values(values, words, shape)
+    if transformed():
+        return _plain_expand(values, words, shape)
     if torch.is_grad_enabled() and values.requires_grad:
         return _Expand.apply(values, words, tuple(shape))
     return torch.ops.sparselottery.packed_expand(values, words, list(shape))
@@ -227,9 +232,22 @@ def gather(dense: Tensor, words: Tensor, count: int | None = None) -> Tensor:
         raise ValueError(f"words: expected device {dense.device} like dense, got {words.device}")
     if count is None:
         count = bitmask.count(words)
+    if transformed():
+        return dense.reshape(-1)[_places(words, dense.shape)]
     if torch.is_grad_enabled() and dense.requires_grad:
         return _Gather.apply(dense, words, count)
     return torch.ops.sparselottery.packed_gather(dense, words, count)
+
+
+def _places(words, shape):
+    """int64: the flat indices of the survivors."""
+    return bitmask.unpack(words, shape).flatten().nonzero().squeeze(1)
+
+
+def _plain_expand(values, words, shape):
+    """`expand` in operations that every transform of torch.func knows."""
+    dense = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
+    return dense.index_copy(0, _places(words, shape), values).view(tuple(shape))
 
 
 def _check_values(values, words, shape):
@@ -409,7 +427,7 @@ def packed_linear(
 
     Returns:
         `[*, out]`. The gradient of `values` has its shape. Between forward and backward only x, values and words are kept.
-        Differentiable twice.
+        Differentiable twice, in forward mode, and under `torch.func`'s transforms.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -420,6 +438,9 @@ def packed_linear(
     if x.ndim == 0 or x.shape[-1] != inputs:
         raise ValueError(f"x: expected [*, {inputs}] for weight {[outputs, inputs]}, got {list(x.shape)}")
     _check(x, values, bias, outputs)
+    if transformed():
+        weight = _plain_expand(values, words, shape)
+        return F.linear(x, weight.t() if transposed else weight, bias)
     if _differentiable(x, values, bias):
         return _PackedLinear.apply(x, values, words, bias, shape, transposed)
     return torch.ops.sparselottery.packed_linear(x, values, words, bias, shape, transposed)
@@ -454,6 +475,8 @@ def packed_conv2d(
         raise ValueError(f"x: expected [N, {shape[1] * groups}, H, W] for weight {list(shape)}, got {list(x.shape)}")
     _check(x, values, bias, shape[0])
     arguments = (x, values, words, bias, shape, tuple(stride), tuple(padding), tuple(dilation), groups)
+    if transformed():
+        return F.conv2d(x, _plain_expand(values, words, shape), bias, *arguments[5:])
     if _differentiable(x, values, bias):
         return _PackedConv2d.apply(*arguments)
     return torch.ops.sparselottery.packed_conv2d(*arguments)
