@@ -269,3 +269,29 @@ def test_checkpoints_move_between_devices():
     there.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_training_follows_eager(mode):
+    """reduce-overhead: inductor's own CUDA graphs around the ops; masks change between steps."""
+    losses = []
+    for compiled in (True, False):
+        model, (x, y) = network(), data()
+        optimizer = sl.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+
+        def loss_of(x, y, model=model):
+            return F.cross_entropy(model(x), y)
+
+        forward = torch.compile(loss_of, mode=mode, fullgraph=True) if compiled else loss_of
+        losses.append([])
+        for step in range(8):
+            if step == 4:
+                sl.prune(model, density=0.05)
+            optimizer.zero_grad()
+            loss = forward(x, y)
+            losses[-1].append(loss.detach().clone())
+            loss.backward()
+            optimizer.step()
+        for layer in model:
+            assert not hasattr(layer, "mask") or (layer.weight[~layer.mask.to_dense()] == 0).all()
+    torch.testing.assert_close(torch.stack(losses[0]), torch.stack(losses[1]), rtol=1e-3, atol=1e-4)
