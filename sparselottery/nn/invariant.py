@@ -30,6 +30,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from .. import masks
 from ..masks import Mask
 from ..ops import bitmask, dispatch
+from . import averaging
 from .states import to_masked_state
 
 _unmasked_gradients = 0
@@ -211,7 +212,7 @@ class MaskedWeight:
                 self._buffers["weight_mask"] = other.weight_mask
                 break
         masks.attach(weight, self)
-        _watch_optimizers()
+        _watch()
 
     def _owns(self, weight: nn.Parameter) -> bool:
         return any(owner is self for owner in masks.owners_of(weight))
@@ -339,16 +340,17 @@ def _first_zero(words: Tensor, shape) -> tuple[int, ...] | None:
     return ((row,) if len(shape) >= 2 else ()) + tuple(reversed(index))
 
 
-# ---- after an optimizer's step ----
+# ---- after an optimizer's step, and in averages ----
 
 _watching = False
 
 
-def _watch_optimizers() -> None:
-    """Ask torch to call `_after_step`, once per process, from the first masked layer on."""
+def _watch() -> None:
+    """Ask torch to call `_after_step`, and `averaging` to look after averages: once per process, from the first layer on."""
     global _watching
     if not _watching:
         register_optimizer_step_post_hook(_after_step)
+        averaging.watch()
         _watching = True
 
 
