@@ -6,21 +6,27 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..ops import dispatch
+from ..ops import bitmask, decode_linear, dispatch
 from . import semi_structured
 from .convert import densify, to_plain, unpack
+from .decode import DecodeLinear, to_decode
 from .invariant import MaskedWeight
+from .linear import is_transposed_linear
 from .semi_structured import SemiStructuredLinear
 
 
 def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Module:
     """A copy of a model for inference in which each masked or packed layer has the fastest form measured on this machine.
 
-    Each layer is timed on the input that it gets from `example_input`: masked, plain (dense, with zeros) and, where its mask
-    is 2:4 and the GPU has it, in torch's semi-structured form (`semi_structured`). The whole is timed at the end: unless it
-    beats the plain model by dispatch's margin, all layers are plain. `explain` of the result says what was measured. So it is
-    never slower than dense as far as this measurement can tell; measure with the batch you will use. Outputs are those of
-    `model.eval()`, up to the order in which a sparse kernel adds.
+    Each layer is timed on the input that it gets from `example_input`: plain (dense, with zeros), masked and
+
+    - where its mask is 2:4 and the GPU has it, in torch's semi-structured form (`semi_structured`);
+    - linear layers in float16 or bfloat16 on a GPU with up to 128 rows of input: packed for decoding
+      (`decode.DecodeLinear`) in each format that reads fewer bytes than the dense weight.
+
+    The whole is timed at the end: unless it beats the plain model by dispatch's margin, all layers are plain. `explain` of
+    the result says what was measured. So it is never slower than dense as far as this measurement can tell; measure with
+    the batch you will use. Outputs are those of `model.eval()`, up to the order in which a sparse kernel adds.
 
     Args:
         model: stays as it is.
@@ -44,10 +50,8 @@ def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Mo
                 _take_fastest_form(layer, *inputs[id(layer)])
             else:
                 to_plain(layer)
-        if any(isinstance(layer, (MaskedWeight, SemiStructuredLinear)) for layer in layers):
-            plain = densify(copy.deepcopy(result))
-            for layer in [module for module in plain.modules() if isinstance(module, SemiStructuredLinear)]:
-                layer.to_plain_()
+        if any(isinstance(layer, (MaskedWeight, SemiStructuredLinear, DecodeLinear)) for layer in layers):
+            plain = densify(unpack(copy.deepcopy(model))).eval().requires_grad_(False)
             seconds = dispatch.measure(
                 {"dense": lambda: plain(*args, **kwargs), "mixed": lambda: result(*args, **kwargs)}
             )
@@ -94,13 +98,46 @@ def _take_fastest_form(layer, args, kwargs):
         except (RuntimeError, NotImplementedError) as error:  # torch's reasons differ from version to version
             refused = str(error).splitlines()[0]
             forms.pop("2:4", None)
+    packed, no_kernel = _decode_forms(layer, plain, args, kwargs)
+    forms |= packed
     seconds = dispatch.measure({name: lambda f=form: f.forward(*args, **kwargs) for name, form in forms.items()})
-    fastest = dispatch.fastest(seconds)
+    fastest, density = dispatch.fastest(seconds), layer.density
     if fastest != "masked":
         to_plain(layer)
     if fastest == "2:4":
         semi_structured.compress_(layer)
+    elif fastest in packed:
+        to_decode(layer, packed[fastest].packed, density)
     times = ", ".join(f"{name} {s * 1e6:.4g}" for name, s in sorted(seconds.items(), key=lambda item: item[1]))
     if refused is not None and asked:
         times += f"; no 2:4 form: {refused}"
+    if no_kernel is not None:
+        times += f"; not packed for decoding: {no_kernel}"
     layer._why_this_form = f"compress, in µs: {times}"
+
+
+def _decode_forms(layer, plain, args, kwargs):
+    """format -> DecodeLinear, of the formats that may be faster than dense for this input; and why one is missing."""
+    transposed = is_transposed_linear(plain)
+    x = _first(args, kwargs)
+    if not (transposed or isinstance(plain, nn.Linear)) or not isinstance(x, Tensor) or x.dtype != layer.weight.dtype:
+        return {}, None
+    if x.dtype not in decode_linear.DTYPES or dispatch.forced() not in (None, "cuda"):
+        return {}, None
+    weight = plain.weight.t() if transposed else plain.weight
+    rows, columns = weight.shape
+    density = layer.density
+    batch = x.numel() // columns if columns else 0
+    forms, reason = {}, None
+    for name in decode_linear.candidates(rows, columns, density, batch):
+        why = decode_linear.why_dense(weight.device, name, columns)
+        reason = reason or why
+        if why is None:
+            mask = layer.mask.to_dense()
+            packed = decode_linear.pack(weight, bitmask.pack(mask.t() if transposed else mask), name)
+            forms[name] = DecodeLinear(packed, plain.bias, density=density)
+    return forms, reason
+
+
+def _first(args, kwargs):
+    return args[0] if args else next(iter(kwargs.values()), None)

@@ -9,6 +9,7 @@ from .. import kernels
 from ..ops import block_linear, dispatch
 from . import semi_structured
 from .convert import left_dense
+from .decode import DecodeLinear
 from .invariant import MaskedWeight
 from .linear import MaskedConv1D, MaskedLinear
 from .packed import PackedWeight
@@ -97,6 +98,8 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_packed_row(name, module))
         elif isinstance(module, SemiStructuredLinear):
             rows.append(_semi_structured_row(name, module))
+        elif isinstance(module, DecodeLinear):
+            rows.append(_decode_row(name, module))
         elif isinstance(module, (nn.Linear, nn.Conv2d)) or name in reasons:
             reason = reasons.get(name, "not masked: sparsify or prune changes that")
             rows.append(_plain_row(name, module, getattr(module, "_why_this_form", reason)))
@@ -122,6 +125,14 @@ def _semi_structured_row(name, layer):
 def _packed_row(name, layer):
     note = f"packed: {layer.values.numel()} values, expanded for each call"
     return LayerRow(name, type(layer).__name__, tuple(layer.weight_shape), layer.density, "dense", note)
+
+
+def _decode_row(name, layer):
+    shape, reason = (layer.out_features, layer.in_features), layer.why_dense()
+    arguments = (name, type(layer).__name__, shape, layer.density)
+    if reason is not None:
+        return LayerRow(*arguments, "dense", f"unpacked for each call: {reason}")
+    return LayerRow(*arguments, f"cuda ({layer.format})", layer._why_this_form or "packed for decoding")
 
 
 def _masked_row(name, layer, measured):

@@ -36,7 +36,7 @@ LIBRARY.define(
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedWeight:
+class DecodeWeight:
     """A weight `[rows, columns]` in one of FORMATS.
 
     Attributes:
@@ -58,7 +58,7 @@ class PackedWeight:
         return sum(t.numel() * t.element_size() for t in (self.starts, self.codes, self.values))
 
 
-def pack(weight: Tensor, words: Tensor, format: str) -> PackedWeight:
+def pack(weight: Tensor, words: Tensor, format: str) -> DecodeWeight:
     """Pack the survivors of a weight; done on the CPU, the result lies where the weight does.
 
     Args:
@@ -96,10 +96,10 @@ def pack(weight: Tensor, words: Tensor, format: str) -> PackedWeight:
         codes.data_ptr(),
         values.data_ptr(),
     )
-    return PackedWeight(format, rows, columns, *(t.to(weight.device) for t in (starts, codes, values)))
+    return DecodeWeight(format, rows, columns, *(t.to(weight.device) for t in (starts, codes, values)))
 
 
-def unpack(packed: PackedWeight) -> Tensor:
+def unpack(packed: DecodeWeight) -> Tensor:
     """The dense weight `[rows, columns]`, bit for bit, +0 off the mask. Plain torch, on the device of the packed one."""
     return _unpack(packed.starts, packed.codes, packed.values, FORMATS[packed.format], packed.rows, packed.columns)
 
@@ -134,7 +134,7 @@ def candidates(rows: int, columns: int, density: float, batch: int) -> list[str]
     return sorted((name for name in possible if size[name] < 2 * rows * columns), key=size.get)
 
 
-def decode_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def decode_linear(x: Tensor, packed: DecodeWeight, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + bias for inference; the gradient of x alone is known, through a dense weight.
 
     A dead weight may count as 0 · x, as in a dense layer: an x that is not finite may make outputs NaN that do not
