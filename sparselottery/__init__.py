@@ -1,27 +1,37 @@
 """Find lottery tickets and make them fast."""
 
-from . import optim
-from .masks import Mask
-from .nn import (
-    MaskedConv2d,
-    MaskedLinear,
-    PackedConv2d,
-    PackedLinear,
-    compress,
-    densify,
-    explain,
-    from_torch_prune,
-    pack,
-    sparsify,
-    unpack,
-)
-from .ops.global_topk import global_topk
-from .pruning import prune
-from .tickets.imp import imp
-from .tickets.one_shot import one_shot
-from .tickets.ticket import Ticket, TicketError
-from .training.history import History
-from .training.trainer import Trainer
+try:
+    from . import optim
+    from .masks import Mask
+    from .nn import (
+        MaskedConv2d,
+        MaskedLinear,
+        PackedConv2d,
+        PackedLinear,
+        compress,
+        densify,
+        explain,
+        from_torch_prune,
+        pack,
+        sparsify,
+        unpack,
+    )
+    from .ops.global_topk import global_topk
+    from .pruning import prune
+    from .tickets.imp import imp
+    from .tickets.one_shot import one_shot
+    from .tickets.ticket import Ticket, TicketError
+    from .training.history import History
+    from .training.trainer import Trainer
+except KeyboardInterrupt:  # torch takes seconds to come, and of a command a user may think better in them
+    import os
+    import sys
+
+    command = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if command != "sparselottery" and sys.orig_argv[1:3] != ["-m", "sparselottery"]:
+        raise
+    print("sparselottery: interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 
 __all__ = [
     "History",

@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
             raise
         return _run(arguments)
+    except KeyboardInterrupt:  # while a command's modules were imported
+        note(f"{PROGRAM}: interrupted")
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has gone (| head): nobody left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -129,6 +129,37 @@ def test_interruption_is_told_and_has_its_status(monkeypatch, capsys):
     assert status == 130 and "resumes" in error and "Traceback" not in error
 
 
+# Ctrl-C as it arrives while Python is busy with an import.
+IMPORTING = """
+import sys
+
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == "{}":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.parametrize("module", ["torch", "sparselottery.tickets.imp", "sparselottery.experiments.hparams"])
+@pytest.mark.parametrize("script", [False, True], ids=["-m", "script"])
+def test_interruption_during_the_imports(module, script, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(IMPORTING.format(module))
+    (tmp_path / "sparselottery").write_text("import sys\nfrom sparselottery.cli import main\nsys.exit(main())\n")
+    command = [tmp_path / "sparselottery"] if script else ["-m", "sparselottery"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, *command, "imp", "--help"], env=environment, cwd="/", capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (130, "sparselottery: interrupted\n", "")
+    other = subprocess.run(
+        [sys.executable, "-c", "import sparselottery.experiments.hparams"],
+        env=environment, cwd="/", capture_output=True, text=True,
+    )  # fmt: skip
+    assert "KeyboardInterrupt" in other.stderr and other.returncode != 0
+
+
 def test_a_mistake_seen_by_a_worker_is_one_line_too(tmp_path, capsys):
     status, text, error = run(capsys, "imp", *TINY, "--lr", "-1", "--workers", "2", "--out", tmp_path)
     lines = [line for line in error.splitlines() if not line.endswith("14 trainings")]
