@@ -1,6 +1,8 @@
 """Masked convolution in Triton: an implicit matrix product that visits only tiles with survivors.
 
-A tile is a block of output channels by one filter tap by a block of input channels. Activations may have any strides
+A tile is a block of output channels by one filter tap by 64 input channels, in units of 64, 32 or 16 that need not lie
+side by side: a mask of small blocks fills its tiles with live units only. Which tiles suit a mask (`_TILES`) is found once
+from how many each size would take. Activations may have any strides
 and are fast in channels_last; the weight is first copied, masked by its bits, into `[out, kH * kW, C / groups]`, so
 that the product itself never looks at a mask. Gradients of the weight are masked where they are stored, and only live
 tiles are computed. Nothing is added atomically: results repeat bit for bit.
@@ -20,7 +22,20 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = isinstance(tl.cdiv, InterpretedFunction)
 # The gathering loop reads its shifts from memory first, which takes one stage off its pipeline.
 _GATHER, _WEIGHT = {"num_warps": 8, "num_stages": 5}, {"num_warps": 8, "num_stages": 4}
+# Of what the tensor cores can do, the part that a tile of (BN, UNIT) is thought to reach; smaller ones load more for each
+# product. Not yet measured.
+_TILES = {(128, 64): 1.0, (64, 64): 0.85, (64, 32): 0.75, (64, 16): 0.65}
 _PROGRAMS_WANTED = 512  # enough for every GPU; a constant, so that sums round alike on all of them
+
+
+@triton.jit
+def _channels(units, UNIT: tl.constexpr, DEPTH: tl.constexpr):
+    """DEPTH channel numbers: those of DEPTH / UNIT units, one after the other."""
+    within = tl.arange(0, DEPTH)
+    if UNIT == DEPTH:
+        return tl.load(units) * UNIT + within
+    # Each unit starts at a multiple of its length: the compiler may load it in pieces of 16 bytes.
+    return tl.max_contiguous(tl.multiple_of(tl.load(units + within // UNIT) * UNIT + within % UNIT, UNIT), UNIT)
 
 
 @triton.jit
@@ -46,14 +61,14 @@ def gather_product(
     SOURCE_H, SOURCE_W, source_n, source_c, source_h, source_w, source_step_h, source_step_w,
     TARGET_H, TARGET_W, target_n, target_c, target_h, target_w, target_step_h, target_step_w,
     INPUT_GRADIENT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """target[n, :, i * target_step + phase] = sum over taps of source[n, :, i * source_step + shift] @ weight[tap].
 
     The forward pass gathers from x with the convolution's stride; the gradient of x gathers from the gradient of y with
-    step 1, once for each phase of the stride, so that no tap is visited in vain. `tiles` [., 4] int32 holds (row shift,
-    column shift, tap, block of source channels); `first` says where the list of a (phase, block of target channels)
-    starts.
+    step 1, once for each phase of the stride, so that no tap is visited in vain. `tiles` [., 3 + BK / UNIT] int32 holds
+    (row shift, column shift, tap, units of source channels); a unit past the last channel reads zeros. `first` says where
+    the list of a (phase, block of target channels) starts.
     """
     block = tl.program_id(1)
     phase = tl.program_id(2)
@@ -75,10 +90,11 @@ def gather_product(
     acc = tl.zeros((BM, BN), tl.float32)
     at = phase * tl.num_programs(1) + block
     for t in range(tl.load(first + at), tl.load(first + at + 1)):
-        down = tl.load(tiles + t * 4)
-        right = tl.load(tiles + t * 4 + 1)
-        tap = tl.load(tiles + t * 4 + 2)
-        rk = tl.load(tiles + t * 4 + 3) * BK + tl.arange(0, BK)
+        tile = tiles + t * (3 + BK // UNIT)
+        down = tl.load(tile)
+        right = tl.load(tile + 1)
+        tap = tl.load(tile + 2)
+        rk = _channels(tile + 3, UNIT, BK)
         inside = (top + down >= 0) & (top + down < SOURCE_H) & (left + right >= 0) & (left + right < SOURCE_W)
         shift = down.to(tl.int64) * source_h + right.to(tl.int64) * source_w
         a = tl.load(
@@ -116,19 +132,20 @@ def weight_product(
     grad, x, words, tiles, dweight, N, OH, OW, H, W, C, O, TAPS, KW, CW, STEPS,
     grad_n, grad_c, grad_h, grad_w, x_n, x_c, x_h, x_w, dw_split, dw_o, dw_c, dw_h, dw_w,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dW∘M of one live tile from STEPS * BM output pixels: grad [pixels, BN]ᵀ @ x [pixels, BK].
 
-    `tiles` [., 4] int32 holds (group, block of its output channels, tap, block of its input channels). Dead tiles are
-    not visited: `dweight` starts as zeros.
+    `tiles` [., 3 + BK / UNIT] int32 holds (group, block of its output channels, tap, units of its input channels). Dead
+    tiles are not visited: `dweight` starts as zeros.
     """
-    tile = tl.program_id(0)
+    tile = tiles + tl.program_id(0) * (3 + BK // UNIT)
     split = tl.program_id(1).to(tl.int64)
-    group = tl.load(tiles + tile * 4)
-    rn = tl.load(tiles + tile * 4 + 1) * BN + tl.arange(0, BN)
-    tap = tl.load(tiles + tile * 4 + 2)
-    rk = tl.load(tiles + tile * 4 + 3) * BK + tl.arange(0, BK)
+    group = tl.load(tile)
+    rn = tl.load(tile + 1) * BN + tl.arange(0, BN)
+    tap = tl.load(tile + 2)
+    rk = _channels(tile + 3, UNIT, BK)
     own = rn < O
     rn += group * O
     down = tap // KW * dilation_h - padding_h
@@ -186,36 +203,70 @@ def _live(words, weight_shape, groups, rows, columns):
     return bits.reshape(groups, -1, rows, taps, bits.shape[3] // columns, columns).amax((2, 5)) != 0
 
 
-def _lists(live, shifts):
-    """(first, tiles) for gather_product from live [phases, lists, taps, blocks] and shifts [phases, taps, 2]."""
-    phase, _, tap, block = live.nonzero(as_tuple=True)  # in order of (phase, list), as `first` counts them
-    first = torch.zeros(live.shape[0] * live.shape[1] + 1, dtype=torch.int32, device=live.device)
-    first[1:] = live.sum((2, 3)).flatten().cumsum(0)
-    shift = shifts.to(live.device)[phase, tap]
-    return first, torch.stack([shift[:, 0], shift[:, 1], tap, block], 1).to(torch.int32).contiguous()
+def _packed(live, depth):
+    """Rows of live units, `depth` to a step: (index of each step's row, units [steps, depth]) from live [*, units].
+
+    A row's last step is filled up with a unit past the edge.
+    """
+    rows = live.flatten(0, -2)
+    counts = rows.sum(1)
+    steps = (counts + depth - 1) // depth
+    row, unit = rows.nonzero(as_tuple=True)
+    place = torch.arange(len(row), device=live.device) - (counts.cumsum(0) - counts)[row]
+    owners = torch.repeat_interleave(torch.arange(len(rows), device=live.device), steps)
+    units = torch.full((len(owners) * depth,), rows.shape[1], dtype=torch.int64, device=live.device)
+    units[((steps.cumsum(0) - steps)[row]) * depth + place] = unit
+    return owners, units.view(-1, depth)
 
 
-def _forward_lists(words, weight_shape, padding, dilation, groups, BN, BK):
-    live = _live(words, weight_shape, groups, BN, BK).flatten(0, 1)
+def _lists(live, shifts, depth):
+    """(first, tiles) for gather_product from live [phases, lists, taps, units] and shifts [phases, taps, 2]."""
+    phases, lists, taps, _ = live.shape
+    owner, units = _packed(live, depth)  # in order of (phase, list), as `first` counts them
+    first = torch.zeros(phases * lists + 1, dtype=torch.int64, device=live.device)
+    first[1:] = torch.bincount(owner // taps, minlength=phases * lists).cumsum(0)
+    shift = shifts.to(live.device)[owner // (lists * taps), owner % taps]
+    tiles = torch.cat([shift, (owner % taps)[:, None], units], 1)
+    return first.to(torch.int32), tiles.to(torch.int32).contiguous()
+
+
+def _forward_lists(words, weight_shape, padding, dilation, groups, BN, BK, UNIT):
+    live = _live(words, weight_shape, groups, BN, UNIT).flatten(0, 1)
     h, w = torch.arange(weight_shape[2]), torch.arange(weight_shape[3])
     shifts = torch.cartesian_prod(h * dilation[0] - padding[0], w * dilation[1] - padding[1]).view(1, -1, 2)
-    return _lists(live[None], shifts)
+    return _lists(live[None], shifts, BK // UNIT)
 
 
-def _input_lists(words, weight_shape, stride, padding, dilation, groups, BN, BK):
+def _input_lists(words, weight_shape, stride, padding, dilation, groups, BN, BK, UNIT):
     """For each phase (row and column of an input pixel modulo the stride) the taps that meet an output pixel there."""
-    live = _live(words, weight_shape, groups, BK, BN).permute(0, 3, 2, 1).flatten(0, 1)
+    live = _live(words, weight_shape, groups, UNIT, BN).permute(0, 3, 2, 1).flatten(0, 1)
     h, w = torch.arange(weight_shape[2]), torch.arange(weight_shape[3])
     steps = torch.tensor(stride)
     phases = torch.cartesian_prod(torch.arange(stride[0]), torch.arange(stride[1])).view(-1, 1, 2)
     offsets = torch.cartesian_prod(padding[0] - h * dilation[0], padding[1] - w * dilation[1]).view(1, -1, 2)
     meets = ((phases + offsets) % steps == 0).all(-1).to(live.device)
-    return _lists(live[None] & meets[:, None, :, None], (phases + offsets).div(steps, rounding_mode="floor"))
+    return _lists(
+        live[None] & meets[:, None, :, None], (phases + offsets).div(steps, rounding_mode="floor"), BK // UNIT
+    )
 
 
-def _weight_tiles(words, weight_shape, groups, BN, BK):
-    live = _live(words, weight_shape, groups, BN, BK)
-    return live.nonzero().to(torch.int32).contiguous()
+def _weight_tiles(words, weight_shape, groups, BN, BK, UNIT):
+    live = _live(words, weight_shape, groups, BN, UNIT)
+    _, blocks, taps, _ = live.shape
+    owner, units = _packed(live, BK // UNIT)
+    place = torch.stack([owner // (blocks * taps), owner // taps % blocks, owner % taps], 1)
+    return (torch.cat([place, units], 1).to(torch.int32).contiguous(),)
+
+
+def _best(build, sizes):
+    """((BN, BK, UNIT), lists) of the sizes whose tiles take the least time: the last of build(*sizes) holds the tiles."""
+    made = {size: build(*size) for size in sizes}
+
+    def cost(size):
+        return len(made[size][-1]) * size[0] * size[1] / _TILES[size[0], size[2]]
+
+    best = min(made, key=cost) if len(made) > 1 else sizes[0]
+    return best, made[best]
 
 
 def _kept(plans, key, build):
@@ -242,6 +293,17 @@ def _upcast(t):
 def _block(channels, most=64):
     """The power of two that covers `channels`, from 16 (the least of a tensor core) to `most`."""
     return min(most, max(16, triton.next_power_of_2(channels)))
+
+
+def _sizes(rows, columns, depth, wide):
+    """The tile sizes (BN, BK, UNIT) that come into question for `rows` target and `columns` source channels."""
+    BN, BK = _block(rows), _block(columns, depth)
+    sizes = [(BN, BK, BK)]
+    if BN == 64 and columns > BK:
+        sizes += [(BN, BK, unit) for unit in (32, 16) if unit < BK]
+    if wide and rows > 64 and BK == 64:
+        sizes.append((128, BK, BK))
+    return sizes
 
 
 def _depth(dtype):
@@ -271,13 +333,13 @@ def _pack(weight, words, masked):
     return packed
 
 
-def _gather(source, packed, lists, bias, target, groups, taps, stride, gradient, BN, BK):
+def _gather(source, packed, lists, bias, target, groups, taps, stride, gradient, size):
     """Launch gather_product: source is x and target y, or (gradient) source is dY and target dX."""
     n, source_channels, height, width = source.shape
     channels, target_h, target_w = target.shape[1] // groups, *target.shape[2:]
     step, phases = ((1, 1), stride) if gradient else (stride, (1, 1))
     rows, columns = triton.cdiv(target_h, phases[0]), triton.cdiv(target_w, phases[1])
-    BM = 128
+    BM, (BN, BK, UNIT) = 128, size
     grid = (triton.cdiv(n * rows * columns, BM), groups * triton.cdiv(channels, BN), phases[0] * phases[1])
     if 0 not in grid:
         with torch.cuda.device_of(source):
@@ -285,7 +347,7 @@ def _gather(source, packed, lists, bias, target, groups, taps, stride, gradient,
                 source, packed, *lists, bias, target, n, rows, columns, source_channels // groups, channels, taps,
                 height, width, *source.stride(), *step, target_h, target_w, *target.stride(), *phases,
                 INPUT_GRADIENT=gradient, BIAS=bias is not None, PRECISION=_precision(source.dtype),
-                UPCAST=_upcast(source), BM=BM, BN=BN, BK=BK, **_GATHER,
+                UPCAST=_upcast(source), BM=BM, BN=BN, BK=BK, UNIT=UNIT, **_GATHER,
             )  # fmt: skip
     return target
 
@@ -299,14 +361,14 @@ def forward(x, weight, words, bias, stride, padding, dilation, groups, *, premas
         for i, edge in enumerate((height, width))
     ]
     y = torch.empty(n, out, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    BN, BK = _block(out // groups), _block(weight.shape[1], _depth(x.dtype))
-    lists = _kept(
+    sizes = _sizes(out // groups, weight.shape[1], _depth(x.dtype), x.dtype != torch.float32)
+    size, lists = _kept(
         plans,
-        ("triton forward", weight.shape, padding, dilation, groups, BN, BK),
-        lambda: _forward_lists(words, weight.shape, padding, dilation, groups, BN, BK),
+        ("triton forward", weight.shape, padding, dilation, groups, *sizes),
+        lambda: _best(lambda *size: _forward_lists(words, weight.shape, padding, dilation, groups, *size), sizes),
     )
     packed = _pack(weight, words, not premasked)
-    return _gather(x, packed, lists, bias, y, groups, kernel_h * kernel_w, stride, False, BN, BK)
+    return _gather(x, packed, lists, bias, y, groups, kernel_h * kernel_w, stride, False, size)
 
 
 def backward_input(grad, weight, words, input_shape, stride, padding, dilation, groups, *, premasked=False, plans=None):
@@ -314,23 +376,26 @@ def backward_input(grad, weight, words, input_shape, stride, padding, dilation, 
     _check(grad)
     out, channels, kernel_h, kernel_w = weight.shape
     dx = torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-    BN, BK = _block(channels), _block(out // groups, _depth(grad.dtype))
-    lists = _kept(
+    sizes = _sizes(channels, out // groups, _depth(grad.dtype), grad.dtype != torch.float32)
+    size, lists = _kept(
         plans,
-        ("triton input", weight.shape, stride, padding, dilation, groups, BN, BK),
-        lambda: _input_lists(words, weight.shape, stride, padding, dilation, groups, BN, BK),
+        ("triton input", weight.shape, stride, padding, dilation, groups, *sizes),
+        lambda: _best(lambda *size: _input_lists(words, weight.shape, stride, padding, dilation, groups, *size), sizes),
     )
     packed = _pack(weight, words, not premasked)
-    return _gather(grad, packed, lists, None, dx, groups, kernel_h * kernel_w, stride, True, BN, BK)
+    return _gather(grad, packed, lists, None, dx, groups, kernel_h * kernel_w, stride, True, size)
 
 
 def backward_weight(grad, x, words, weight_shape, stride, padding, dilation, groups, *, plans=None):
     """dW∘M, contiguous, of `weight_shape` from grad `[N, out, H', W']` and x `[N, C, H, W]`."""
     _check(x)
     out, channels, kernel_h, kernel_w = weight_shape = tuple(weight_shape)
-    BM, BN, BK = _depth(x.dtype), _block(out // groups), _block(channels)
-    key = ("triton weight", weight_shape, groups, BN, BK)
-    tiles = _kept(plans, key, lambda: _weight_tiles(words, weight_shape, groups, BN, BK))
+    BM, sizes = _depth(x.dtype), _sizes(out // groups, channels, 64, False)
+    (BN, BK, UNIT), (tiles,) = _kept(
+        plans,
+        ("triton weight", weight_shape, groups, *sizes),
+        lambda: _best(lambda *size: _weight_tiles(words, weight_shape, groups, *size), sizes),
+    )
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     if not tiles.shape[0] or not pixels:
         return torch.zeros(weight_shape, dtype=x.dtype, device=x.device)
@@ -344,7 +409,7 @@ def backward_weight(grad, x, words, weight_shape, stride, padding, dilation, gro
         weight_product[(tiles.shape[0], splits)](
             grad, x, words.contiguous(), tiles, dweight, grad.shape[0], *grad.shape[2:], *x.shape[2:], channels, out // groups,
             kernel_h * kernel_w, kernel_w, words.shape[1], steps, *grad.stride(), *x.stride(), *dweight.stride(),
-            *stride, *padding, *dilation, PRECISION=_precision(x.dtype), UPCAST=_upcast(x), BM=BM, BN=BN, BK=BK,
+            *stride, *padding, *dilation, PRECISION=_precision(x.dtype), UPCAST=_upcast(x), BM=BM, BN=BN, BK=BK, UNIT=UNIT,
             **_WEIGHT,
         )  # fmt: skip
     return dweight[0] if splits == 1 else dweight.sum(0).to(x.dtype)
@@ -363,54 +428,41 @@ def _cases():
     for dtype, precision in (("bf16", "tf32"), ("fp16", "tf32"), ("fp32", "tf32"), ("fp32", "tf32x3")):
         pointers = dict.fromkeys(names, f"*{dtype}") | indices
         label = f"{dtype} {precision}" if dtype == "fp32" else dtype
-        common = {"PRECISION": precision, "UPCAST": False, "BN": 64}
+        common = {"PRECISION": precision, "UPCAST": False}
         depth = 32 if dtype == "fp32" else 64
-        for gradient in (False, True):
+        sizes = _sizes(512, 512, depth, dtype != "fp32")
+        for BN, BK, unit in sizes if dtype != "fp16" else sizes[:1]:  # fp16 compiles like bf16: one size stands for all
+            for gradient in (False, True):
+                yield AotCase(
+                    name=f"{'dX' if gradient else 'forward'} {label} 128x{BN}x{BK} units of {unit}",
+                    fn=gather_product,
+                    signature=pointers | dict.fromkeys(gather.split(), "i32"),
+                    constexprs=common
+                    | {"INPUT_GRADIENT": gradient, "BIAS": not gradient, "BM": 128, "BN": BN, "BK": BK, "UNIT": unit}
+                    | {"source_c": 1, "target_c": 1},
+                    divisible_by_16=(
+                        *("source", "packed", "bias", "target", "tiles", "K", "M"),
+                        *("source_n", "source_h", "source_w", "target_n", "target_h", "target_w"),
+                    ),
+                    expect=("HGMMA",),
+                    **_GATHER,
+                )
+        sizes = _sizes(512, 512, 64, False)
+        for BN, BK, unit in sizes if dtype != "fp16" else sizes[:1]:
             yield AotCase(
-                name=f"{'dX' if gradient else 'forward'} {label} 128x64x{depth}",
-                fn=gather_product,
-                signature=pointers | dict.fromkeys(gather.split(), "i32"),
+                name=f"dW {label} {BN}x{BK}x{depth} units of {unit}",
+                fn=weight_product,
+                signature=pointers | {"dweight": "*fp32"} | dict.fromkeys(weight.split(), "i32"),
                 constexprs=common
-                | {"INPUT_GRADIENT": gradient, "BIAS": not gradient, "BM": 128, "BK": depth}
-                | {"source_c": 1, "target_c": 1},
+                | {"BM": depth, "BN": BN, "BK": BK, "UNIT": unit}
+                | {"grad_c": 1, "x_c": 1, "dw_w": 1},
                 divisible_by_16=(
-                    "source",
-                    "packed",
-                    "bias",
-                    "target",
-                    "K",
-                    "M",
-                    "source_n",
-                    "source_h",
-                    "source_w",
-                    "target_n",
-                    "target_h",
-                    "target_w",
+                    *("grad", "x", "dweight", "tiles", "C", "O"),
+                    *("grad_n", "grad_h", "grad_w", "x_n", "x_h", "x_w"),
                 ),
                 expect=("HGMMA",),
-                **_GATHER,
+                **_WEIGHT,
             )
-        yield AotCase(
-            name=f"dW {label} 64x64x{depth}",
-            fn=weight_product,
-            signature=pointers | {"dweight": "*fp32"} | dict.fromkeys(weight.split(), "i32"),
-            constexprs=common | {"BM": depth, "BK": 64, "grad_c": 1, "x_c": 1, "dw_w": 1},
-            divisible_by_16=(
-                "grad",
-                "x",
-                "dweight",
-                "C",
-                "O",
-                "grad_n",
-                "grad_h",
-                "grad_w",
-                "x_n",
-                "x_h",
-                "x_w",
-            ),
-            expect=("HGMMA",),
-            **_WEIGHT,
-        )
         if precision == "tf32":
             yield AotCase(
                 name=f"mask weight {dtype}",

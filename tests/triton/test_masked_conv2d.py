@@ -115,12 +115,58 @@ def test_dead_tiles_are_not_visited():
     keep = torch.zeros(128, 128, 3, 3, dtype=torch.bool)
     keep[70, 100, 1, 2] = True  # second block of outputs, fourth block of 32 inputs, tap 5
     words = reference.bitmask_pack(keep)
-    first, tiles = kernels._forward_lists(words, keep.shape, (1, 1), (1, 1), 1, 64, 32)
+    first, tiles = kernels._forward_lists(words, keep.shape, (1, 1), (1, 1), 1, 64, 32, 32)
     assert first.tolist() == [0, 0, 1] and tiles.tolist() == [[0, 1, 5, 3]]
-    assert kernels._weight_tiles(words, keep.shape, 1, 64, 32).tolist() == [[0, 1, 5, 3]]
-    first, tiles = kernels._input_lists(words, keep.shape, (2, 2), (1, 1), (1, 1), 1, 32, 64)
+    assert kernels._weight_tiles(words, keep.shape, 1, 64, 32, 32)[0].tolist() == [[0, 1, 5, 3]]
+    first, tiles = kernels._input_lists(words, keep.shape, (2, 2), (1, 1), (1, 1), 1, 32, 64, 64)
     # Tap (1, 2) meets only input pixels of even row and odd column.
     assert tiles.tolist() == [[0, 0, 5, 1]] and first.tolist() == [0] * (4 + 4) + [1] * (1 + 8)
+
+
+def test_live_units_share_a_tile():
+    keep = torch.zeros(130, 150, 1, 2, dtype=torch.bool)
+    keep[0, [0, 40, 50, 100, 149], 0, 1] = True  # units 0, 2, 3, 6, 9 of 16 channels
+    keep[129, 20, 0, 0] = True
+    words = reference.bitmask_pack(keep)
+    first, tiles = kernels._forward_lists(words, keep.shape, (0, 0), (1, 1), 1, 64, 64, 16)
+    assert first.tolist() == [0, 2, 2, 3]
+    assert tiles.tolist() == [[0, 1, 1, 0, 2, 3, 6], [0, 1, 1, 9, 10, 10, 10], [0, 0, 0, 1, 10, 10, 10]]
+    (tiles,) = kernels._weight_tiles(words, keep.shape, 1, 64, 64, 16)
+    assert tiles.tolist() == [[0, 0, 1, 0, 2, 3, 6], [0, 0, 1, 9, 10, 10, 10], [0, 2, 0, 1, 10, 10, 10]]
+
+
+def blocks(shape, side, density):
+    """bool of a weight's shape, in blocks of `side` outputs by `side` inputs for each tap."""
+    g = torch.Generator().manual_seed(side)
+    live = torch.rand(-(-shape[0] // side), -(-shape[1] // side), *shape[2:], generator=g) < density
+    return live.repeat_interleave(side, 0).repeat_interleave(side, 1)[: shape[0], : shape[1]].contiguous()
+
+
+@pytest.mark.parametrize("side, groups", [(16, 1), (32, 1), (64, 1), (128, 1), (16, 2)])
+def test_masks_of_blocks(side, groups):
+    g = torch.Generator().manual_seed(side)
+    x, w, b = (
+        torch.randn(s, generator=g) for s in ((1, 150 * groups, 4, 3), (140 * groups, 150, 2, 1), (140 * groups,))
+    )
+    keep = blocks(w.shape, side, 0.3)
+    arguments = ((1, 1), (1, 0), (1, 1), groups)
+    grad = torch.randn(torch.nn.functional.conv2d(x, w, b, *arguments).shape, generator=g)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_parity(*(t.to(dtype) for t in (x, w, b, grad)), keep, arguments)
+
+
+@pytest.mark.parametrize(
+    "side, size", [(16, (64, 64, 16)), (32, (64, 64, 32)), (64, (64, 64, 64)), (128, (128, 64, 64))]
+)
+def test_tiles_suit_the_mask(side, size):
+    shape = (512, 512, 3, 3)
+    words, sizes = reference.bitmask_pack(blocks(shape, side, 0.1)), kernels._sizes(512, 512, 64, True)
+    chosen, _ = kernels._best(lambda *s: kernels._forward_lists(words, shape, (1, 1), (1, 1), 1, *s), sizes)
+    assert chosen == size
+    assert kernels._sizes(20, 512, 64, True) == [(32, 64, 64)] and kernels._sizes(512, 40, 64, True) == [
+        (64, 64, 64),
+        (128, 64, 64),
+    ]
 
 
 def test_empty_batch():
