@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sparselottery._ext import extension
 from sparselottery.ops import dispatch, reference
+from sparselottery.ops import masked_conv2d as op
 from sparselottery.ops.masked_conv2d import masked_conv2d
 
 # batch, in, out, height, width, kernel, stride, padding, dilation, groups
@@ -419,3 +420,14 @@ def test_bad_input_names_the_argument(change, error, says):
     arguments = {"x": x, "weight": w, "words": words, "bias": b, "padding": 1} | change
     with pytest.raises(error, match=re.escape(says)):
         masked_conv2d(**arguments)
+
+
+def test_masks_of_one_density_differ_in_their_live_tiles():
+    weight = torch.empty(128, 64, 3, 3)
+    blocks = torch.zeros(weight.shape, dtype=torch.bool)
+    blocks[:64, :16, 0, 0] = blocks[64:, 48:, 2, 1] = True  # 2 tiles of 72
+    scattered = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 2 / 72
+    words = [reference.bitmask_pack(keep) for keep in (blocks, scattered, torch.zeros_like(blocks))]
+    found = [op.live_bucket(w, weight) for w in words]
+    assert found == [dispatch.density_bucket(2 / 72), 0, 99]
+    assert op.live_bucket(torch.zeros(0, 1, dtype=torch.int32), torch.empty(0, 3, 3, 3)) == 0

@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import kernels
 from ..ops import block_linear, dispatch
+from ..ops.masked_conv2d import live_bucket
 from . import semi_structured
 from .convert import left_dense
 from .decode import DecodeLinear
@@ -159,6 +160,7 @@ def _masked_row(name, layer, measured):
         and tuple(row["shape"])[: len(seen)] == seen
         and (not conv or tuple(row["shape"])[-7:] == (*layer.stride, *_padding(layer), *layer.dilation, layer.groups))
         and (block is None or row["extra"][:1] == (block,))
+        and (not conv or not layer.weight.is_cuda or row["extra"][1] == live_bucket(layer.weight_mask, layer.weight))
         and row.get("density") == bucket
         and str(row.get("dtype")).removeprefix("torch.") == dtype
         and row.get("device") == layer.weight.device.type
