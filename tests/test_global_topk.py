@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import sparselottery as sl
 from sparselottery import Mask, _ext
 from sparselottery.ops import bitmask, reference
+from sparselottery.ops import global_topk as op
 from sparselottery.ops.global_topk import global_topk
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -339,3 +340,41 @@ def test_extra_memory_is_at_most_five_percent(prepare):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     extra, masks, weights = map(int, done.stdout.split())
     assert extra - masks <= 0.05 * weights
+
+
+def test_select_never_looks_at_a_gpu(monkeypatch):
+    """Fake tensors hold no numbers: whoever wanted to read one on the host would fail."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    monkeypatch.setattr(op, "backend_of", lambda device: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with FakeTensorMode():
+        tensors = [torch.empty(7, 40, device="cuda"), torch.empty(9, device="cuda")]
+        eligible = [torch.empty(7, 40, dtype=torch.bool, device="cuda"), None]
+        for entries in (None, eligible):
+            chosen = op.select(tensors, 20, eligible=entries)
+            assert [m.words.shape for m in chosen.masks] == [(7, 2), (1, 1)]
+            assert all(t.shape == () and t.is_cuda for t in (chosen.threshold, chosen.nan_tensor, chosen.allowed))
+        with pytest.raises(ValueError, match="keep: expected 0 to 289"):
+            op.select(tensors, 290)
+        with pytest.raises(DataDependentOutputException):
+            global_topk(tensors, 20)
+
+
+def test_select_is_what_global_topk_returns():
+    tensors = [torch.randn(7, 40), torch.randn(9)]
+    eligible = [torch.rand(7, 40) < 0.5, None]
+    masks, threshold = global_topk(tensors, 20, eligible=eligible, by="value")
+    chosen = op.select(tensors, 20, eligible=eligible, by="value")
+    assert chosen.masks == masks and chosen.threshold.item() == threshold and chosen.nan_tensor.item() == -1
+    assert chosen.allowed.item() == int(eligible[0].sum()) + 9
+    tensors[1][3] = math.nan
+    assert op.select(tensors, 20).nan_tensor.item() == 1
+
+
+def test_under_capture_the_way_out_is_told(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(), pytest.raises(RuntimeError, match=r"capture ops\.global_topk\.select"):
+        global_topk([torch.empty(5, device="cuda")], 2)

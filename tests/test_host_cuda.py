@@ -41,6 +41,8 @@ def kernels():
         "sl_apply": [pointer, i64, pointer, i64, pointer, pointer],
         "sl_topk": [pointer, i64, i64, ctypes.c_int, ctypes.c_int, pointer, pointer],
         "sl_topk_scratch": [ctypes.c_int, i64, pointer],
+        "sl_topk_capture": [pointer, i64, pointer, pointer],
+        "sl_replay": [],
         "sl_broken": [ctypes.c_char_p, pointer],
     }.items():
         getattr(library, name).argtypes = arguments
@@ -346,6 +348,47 @@ def test_topk_names_the_first_tensor_with_nan(kernels, dtype, keep):
 def test_topk_of_nothing(kernels):
     check_topk(kernels, [], 0)
     check_topk(kernels, [torch.empty(0), torch.empty(3, 0)], 0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_topk_captured_once_and_replayed_on_other_weights(kernels, dtype):
+    """As a CUDA graph does it: nothing of the host runs between replays, every buffer holds what the last one left."""
+    rows, columns, keep = 300, 250, 20_000
+    size = np.array([-1])
+    kernels("sl_topk_scratch", DTYPE_CODES[dtype], rows * columns, size)
+    scratch, result = torch.full((int(size[0]),), 0x5A, dtype=torch.uint8), torch.full((2,), -99)
+    weights, words = torch.zeros(rows, columns, dtype=dtype), empty_words((rows, columns))
+    table = [weights.data_ptr(), DTYPE_CODES[dtype], rows, columns, 0, words.data_ptr()]
+    kernels("sl_topk_capture", np.array(table), keep, scratch, result)
+    assert (words == GARBAGE).all() and (result == -99).all(), "a capture does nothing"
+    plain = normal(rows, columns, seed=50, dtype=dtype)
+    bad = normal(rows, columns, seed=51, dtype=dtype)
+    bad[7, 9] = math.nan
+    for case in (
+        plain,
+        torch.full_like(weights, 0.5),  # ties only: the way through the histograms
+        normal(rows, columns, seed=52, dtype=dtype),
+        bad,
+        plain * (normal(rows, columns, seed=53) > 1),  # more zeros than are dropped
+        plain * 1e-3,
+    ):
+        weights.copy_(case)
+        kernels("sl_replay")
+        assert result[0].item() == (0 if case is bad else -1)
+        if case is not bad:
+            want, threshold = reference.global_topk([case], keep)
+            assert torch.equal(words, reference.bitmask_pack(want[0]))
+            assert result.view(torch.float64)[1].item() == threshold
+
+
+def test_topk_of_more_than_are_eligible_only_writes_garbage(kernels):
+    """global_topk finds out afterwards; until then a kernel must come to an end and stay within its buffers."""
+    for shape, share in (((40, 30), 0.1), ((300, 250), 0.3)):
+        eligible = torch.rand(shape, generator=torch.Generator().manual_seed(60)) < share
+        for keep in (int(eligible.sum()) + 1, math.prod(shape)):
+            for weights in (normal(*shape, seed=61), torch.ones(shape)):
+                words = run_topk(kernels, [weights], keep, [eligible])[0]
+                assert not (bitmask.unpack(words[0], shape) & ~eligible).any()
 
 
 def test_topk_extra_memory(kernels):

@@ -4,7 +4,9 @@ Ties go to the lowest flat index in list order, -0 equals +0, infinities are ord
 cpu (csrc/cpu/global_topk.cpp), cuda, triton.
 """
 
+import dataclasses
 import operator
+import struct
 from collections.abc import Iterable
 
 import torch
@@ -62,22 +64,73 @@ def global_topk(
             raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {t.dtype}")
         if t.device != tensors[0].device:
             raise ValueError(f"{name}: expected device {tensors[0].device} like the first tensor, got {t.device}")
-    words, allowed = _eligible_words(tensors, eligible)
+    if tensors and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("global_topk reads the threshold, which a CUDA graph cannot: capture ops.global_topk.select")
+    chosen = select(tensors, keep, eligible=eligible, by=by)
+    # The only time that the host waits for the device.
+    allowed, nan_tensor, bits = torch.stack(
+        [chosen.allowed, chosen.nan_tensor, chosen.threshold.view(torch.int64)]
+    ).tolist()
+    if operator.index(keep) > allowed:
+        raise ValueError(_keep_out_of_range(allowed, keep))
+    if nan_tensor >= 0:
+        raise ValueError(f"{names[nan_tensor]}: holds NaN, which has no rank")
+    return chosen.masks, struct.unpack("d", struct.pack("q", bits))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What `select` chose, without having looked at it. The 0-d tensors lie on the device of the weights.
+
+    Attributes:
+        masks: garbage where `nan_tensor` is not -1 or more were to be kept than `allowed`.
+        threshold: float64, the key of the smallest survivor (+inf when none was asked for).
+        nan_tensor: int64, the first tensor that holds a NaN, or -1.
+        allowed: int64, how many weights are eligible.
+    """
+
+    masks: "list[masks.Mask]"
+    threshold: Tensor
+    nan_tensor: Tensor
+    allowed: Tensor
+
+
+def select(tensors: list, keep: int, *, eligible=None, by: str = "magnitude") -> Selection:
+    """`global_topk` without waiting for the device, so that it can be captured in a CUDA graph; its arguments.
+
+    What only the weights can tell is not raised but returned: NaN, and (on a GPU with the CUDA kernels) too few eligible
+    weights. Other backends count the eligible ones first, and may wait.
+
+    Raises:
+        TypeError, ValueError: `eligible`, `keep` or `by` are wrong in a way that shows without looking at the weights.
+    """
+    words, counts, most = _eligible_words(tensors, eligible)
     if isinstance(keep, bool):
         raise TypeError("keep: expected an int, got bool")
     try:
         keep = operator.index(keep)  # numpy's integers too
     except TypeError:
         raise TypeError(f"keep: expected an int, got {type(keep).__name__}") from None
-    if not 0 <= keep <= allowed:
-        raise ValueError(f"keep: expected 0 to {allowed} (the number of eligible weights), got {keep}")
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if counts and (
+        device.type == "cpu" or not 0 <= keep <= most
+    ):  # no one has to wait for a CPU, or for a sure mistake
+        most, counts = most - sum(size - int(count) for size, count in counts), []
+    if not 0 <= keep <= most:
+        raise ValueError(_keep_out_of_range(most, keep))
     if by not in ("magnitude", "value"):
         raise ValueError(f"by: expected 'magnitude' or 'value', got {by!r}")
     with torch.no_grad():
         kept, threshold, nan_tensor = torch.ops.sparselottery.global_topk(tensors, keep, words, by == "value")
-    if int(nan_tensor) >= 0:
-        raise ValueError(f"{names[int(nan_tensor)]}: holds NaN, which has no rank")
-    return [masks.Mask._trusted(w, t.shape) for w, t in zip(kept, tensors, strict=True)], float(threshold)
+        allowed = torch.full((), most - sum(size for size, _ in counts), dtype=torch.int64, device=device)
+        if counts:
+            allowed = allowed + torch.stack([count for _, count in counts]).sum()
+    chosen = [masks.Mask._trusted(w, t.shape) for w, t in zip(kept, tensors, strict=True)]
+    return Selection(chosen, threshold, nan_tensor, allowed)
+
+
+def _keep_out_of_range(allowed, keep):
+    return f"keep: expected 0 to {allowed} (the number of eligible weights), got {keep}"
 
 
 def _listed(name, expected, values) -> list:
@@ -86,20 +139,20 @@ def _listed(name, expected, values) -> list:
     return list(values)
 
 
-def _eligible_words(tensors, eligible) -> tuple[list, int]:
-    """(words or None per tensor, how many weights are eligible)."""
+def _eligible_words(tensors, eligible) -> tuple[list, list, int]:
+    """Per tensor its words or None; (weights, 0-d count of the eligible ones) of those with words; all weights."""
+    most = sum(t.numel() for t in tensors)
     if eligible is None:
-        return [None] * len(tensors), sum(t.numel() for t in tensors)
+        return [None] * len(tensors), [], most
     if isinstance(eligible, Tensor):
         raise TypeError("eligible: expected None or a list with one entry per tensor, got a tensor")
     eligible = _listed("eligible", "None or a list with one entry per tensor", eligible)
     if len(eligible) != len(tensors):
         raise ValueError(f"eligible: expected {len(tensors)} entries, one per tensor, got {len(eligible)}")
-    words, counts, allowed = [], [], 0
+    words, counts = [], []
     for i, (entry, t) in enumerate(zip(eligible, tensors, strict=True)):
         if entry is None:
             words.append(None)
-            allowed += t.numel()
             continue
         if not isinstance(entry, masks.Mask) and not (isinstance(entry, Tensor) and entry.dtype == torch.bool):
             got = entry.dtype if isinstance(entry, Tensor) else type(entry).__name__
@@ -109,10 +162,8 @@ def _eligible_words(tensors, eligible) -> tuple[list, int]:
         if entry.device != t.device:
             raise ValueError(f"eligible[{i}]: expected device {t.device} like its tensor, got {entry.device}")
         words.append(entry.words if isinstance(entry, masks.Mask) else bitmask.pack(entry))
-        counts.append(torch.ops.sparselottery.bitmask_count(words[-1]))
-    if counts:
-        allowed += int(torch.stack(counts).sum())  # one wait for a GPU, not one per tensor
-    return words, allowed
+        counts.append((t.numel(), torch.ops.sparselottery.bitmask_count(words[-1])))
+    return words, counts, most
 
 
 # ---- implementations, with the op's signature ----

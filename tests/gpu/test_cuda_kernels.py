@@ -173,3 +173,27 @@ def test_bitmask_apply(dtype):
         want = w.masked_fill(~dense, 0)
         bitmask.apply_(w, bitmask.pack(dense))
         assert torch.equal(w, want) and not torch.signbit(w[~dense]).any()
+
+
+@needs_cuda_build
+def test_select_in_a_cuda_graph():
+    """The op itself, with the eligible counted on the device; global_topk says what to capture instead."""
+    tensors, eligible = [normal(1000, 1000), normal(77)], [torch.rand(1000, 1000, device="cuda") < 0.5, None]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with pytest.raises(RuntimeError, match=r"capture ops\.global_topk\.select"):
+            global_topk.global_topk(tensors, 200_000)
+        chosen = global_topk.select(tensors, 200_000, eligible=eligible)
+    for seed in range(3):
+        for i, t in enumerate(tensors):
+            t.copy_(normal(*t.shape, seed=10 * seed + i))
+        graph.replay()
+        allowed = [eligible[0].cpu(), torch.ones(77, dtype=torch.bool)]
+        want, threshold = reference.global_topk([t.cpu() for t in tensors], 200_000, allowed)
+        assert chosen.threshold.item() == threshold and chosen.nan_tensor.item() == -1
+        assert chosen.allowed.item() == sum(int(a.sum()) for a in allowed)
+        for got, mask in zip(chosen.masks, want, strict=True):
+            assert torch.equal(got.words.cpu(), reference.bitmask_pack(mask))
+    tensors[0][3, 4] = math.nan
+    graph.replay()
+    assert chosen.nan_tensor.item() == 0

@@ -298,16 +298,30 @@ inline void run(dim3 grid, dim3 threads, unsigned count, const std::function<voi
 
 #endif
 
+// While there is one, launches and memsets are kept in it instead of done: a CUDA graph that is being captured.
+using Graph = std::vector<std::function<void()>>;
+inline Graph* capture = nullptr;
+
+inline void now_or_later(std::function<void()> work) {
+  if (capture != nullptr) {
+    capture->push_back(std::move(work));
+  } else {
+    work();
+  }
+}
+
 template <class Kernel, class... Args>
 void launch(Kernel kernel, dim3 grid, dim3 threads, size_t shared_bytes, Args... args) {
   const unsigned count = threads.x * threads.y * threads.z;
   if (count == 0 || count % kWarp != 0) throw std::invalid_argument("host_cuda: a block must be whole warps");
   if (count > 1024 || uint64_t{grid.x} * grid.y * grid.z == 0)
     throw std::invalid_argument("host_cuda: invalid grid or block");
-  Block state(count, shared_bytes);
-  block = &state;
-  run(grid, threads, count, [&] { kernel(args...); });
-  block = nullptr;
+  now_or_later([=] {
+    Block state(count, shared_bytes);
+    block = &state;
+    run(grid, threads, count, [&] { kernel(args...); });
+    block = nullptr;
+  });
 }
 
 // ---- collectives ----
@@ -502,7 +516,7 @@ T atomicMax(T* p, T v) {
   return old;
 }
 
-// ---- the few calls of the runtime that csrc/cuda makes ----
+// ---- the few calls of the runtime that csrc/cuda makes; none copies to the host or waits, so nothing there can ----
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
@@ -518,6 +532,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
-  std::memset(pointer, value, bytes);
+  host_cuda::now_or_later([=] { std::memset(pointer, value, bytes); });
   return cudaSuccess;
 }

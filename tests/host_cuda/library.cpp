@@ -10,6 +10,7 @@
 namespace {
 
 std::string message;
+host_cuda::Graph graph;
 
 template <class F>
 const char* guarded(const F& f) {
@@ -108,6 +109,27 @@ const char* sl_topk(const int64_t* tensors, int64_t count, int64_t keep, int by_
     }
     *nan_tensor = result.nan_tensor;
     *threshold = result.threshold;
+  });
+}
+
+// The launches of one call, captured; scratch of sl_topk_scratch's size and result belong to the caller. sl_replay runs
+// them again on whatever the buffers hold by then, without any code of the host's.
+const char* sl_topk_capture(const int64_t* tensor, int64_t keep, void* scratch, void* result) {
+  return guarded([&] {
+    const int64_t sizes[] = {tensor[2], tensor[3]}, strides[] = {tensor[3], 1};
+    const sl::TopkTensor one{
+        reinterpret_cast<const void*>(tensor[0]),     static_cast<sl::DType>(tensor[1]),     2, sizes, strides,
+        reinterpret_cast<const uint32_t*>(tensor[4]), reinterpret_cast<uint32_t*>(tensor[5])};
+    graph.clear();
+    host_cuda::capture = &graph;
+    sl::cuda::global_topk(&one, 1, keep, false, scratch, static_cast<sl::TopkResult*>(result), nullptr);
+    host_cuda::capture = nullptr;
+  });
+}
+
+const char* sl_replay() {
+  return guarded([&] {
+    for (const auto& work : graph) work();
   });
 }
 
