@@ -19,6 +19,7 @@ class Case:
         direction: "forward", "forward+backward" or "" where there is only one.
         device: "cpu" or "cuda".
         quick: part of the short run.
+        structure: "" for survivors at random places; "block:RxC" and "N:M" as `prune` takes them (linear, conv).
     """
 
     op: str
@@ -29,6 +30,7 @@ class Case:
     direction: str = ""
     device: str = "cpu"
     quick: bool = False
+    structure: str = ""
 
     @property
     def name(self) -> str:
@@ -43,6 +45,7 @@ class Case:
             text = "{} {}x{}".format(*self.sizes)
         else:
             text = f"{sum(self.sizes):,} weights in {len(self.sizes)} tensor{'s' if len(self.sizes) > 1 else ''}"
+        text += f" {self.structure}" if self.structure else ""
         text += f" batch {self.batch}" if self.batch else ""
         text += f" {self.dtype}" if self.dtype != "float32" else ""
         return text + (f" {self.direction}" if self.direction else "")
@@ -108,6 +111,20 @@ def cuda_cases() -> list[Case]:
         cases.append(Case("optim", (25_000_000,) * 4, density, quick=density == 0.1))
         cases.append(Case("optim", (25_000_000,) * 4, density, dtype="bfloat16"))
         cases.append(Case("step", (784, 300, 100, 10), density, 60, quick=density == 0.1))
+    for side in (16, 32, 64, 128):
+        for density in (0.3, 0.1, 0.05):
+            for direction in ("forward", BOTH):
+                quick = side == 64 and density == 0.1 and direction == BOTH
+                structure = f"block:{side}x{side}"
+                cases.append(
+                    Case("linear", (4096, 4096), density, 4096, "bfloat16", direction, quick=quick, structure=structure)
+                )
+        cases.append(Case("linear", (4096, 4096), 0.1, 16, "bfloat16", "forward", structure=f"block:{side}x{side}"))
+        cases.append(Case("conv", (256, 256, 3, 28), 0.1, 128, "bfloat16", BOTH, structure=f"block:{side}x{side}"))
+    for batch in (128, 4096):
+        cases.append(
+            Case("linear", (4096, 4096), 0.5, batch, "bfloat16", "forward", quick=batch > 128, structure="2:4")
+        )
     for what in ("pack", "unpack", "count", "hamming", "apply"):
         cases.append(Case("bitmask", (what, 8192, 8192), 0.1, quick=what == "apply"))
     return [dataclasses.replace(case, device="cuda") for case in cases]
@@ -123,6 +140,10 @@ def small_cases() -> list[Case]:
         Case("step", (20, 15, 10), 0.2, 6),
         Case("optim", (1500, 3), 0.1),
         Case("optim", (1500, 3), 0.1, dtype="bfloat16"),
+        Case("linear", (150, 140), 0.3, 70, direction=BOTH, structure="block:16x16"),
+        Case("linear", (150, 140), 0.3, 5, direction="forward", structure="block:64x64"),
+        Case("linear", (128, 64), 0.5, 16, direction="forward", structure="2:4"),
+        Case("conv", (70, 66, 3, 6), 0.3, 2, direction=BOTH, structure="block:32x32"),
     ]
     return cases + [Case("bitmask", (what, 6, 64), 0.3) for what in ("pack", "unpack", "count", "hamming", "apply")]
 

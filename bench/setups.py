@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from sparselottery.bench import setups_structures
 from sparselottery.bench.timing import backend
 from sparselottery.ops import reference
 
@@ -81,7 +82,10 @@ def _mask(shape, density, generator) -> Tensor:
 def _layer(case, seed, weight_shape, x_shape, fan_in, memory_format=torch.contiguous_format):
     """Input sets [(x, weight, bias)], the mask and its words."""
     generator, dtype = _generator(case, seed), getattr(torch, case.dtype)
-    mask = _mask(weight_shape, case.density, generator)
+    if case.structure:
+        mask = setups_structures.mask(case, weight_shape, generator)
+    else:
+        mask = _mask(weight_shape, case.density, generator)
     nbytes = (math.prod(weight_shape) + math.prod(x_shape)) * dtype.itemsize
 
     def draw(shape, scale=1.0):
@@ -149,6 +153,8 @@ def _layer_work(case, sets, mask, draw, ours, baselines, plain, by_hand=lambda g
 
 def linear(case, seed) -> Work:
     """y = x (W∘M)^T + b against nn.Linear, prune-style W * mask and torch.sparse CSR."""
+    if case.structure:
+        return setups_structures.linear(case, seed)
     from sparselottery.ops.masked_linear import masked_linear
 
     inputs, outputs = case.sizes
