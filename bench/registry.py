@@ -2,7 +2,7 @@
 
 import dataclasses
 
-OPS = ("topk", "linear", "conv", "step", "optim", "bitmask")
+OPS = ("topk", "linear", "conv", "step", "optim", "bitmask", "packed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Case:
     Attributes:
         op: one of OPS.
         sizes: what setups.py needs: linear (in, out); conv (cin, cout, kernel, height); topk and optim the lengths of
-            the tensors; step the widths of the layers; bitmask (rows, columns).
+            the tensors; step the widths of the layers; bitmask and packed (what, rows, columns).
         density: fraction of the weights that is kept.
         batch: rows or images per call; 0 where there is none.
         dtype: a torch dtype's name.
@@ -41,7 +41,7 @@ class Case:
             text = "{0}->{1} {2}x{2} on {3}x{3}".format(*self.sizes)
         elif self.op == "step":
             text = "MLP " + "-".join(map(str, self.sizes))
-        elif self.op == "bitmask":
+        elif self.op in ("bitmask", "packed"):
             text = "{} {}x{}".format(*self.sizes)
         else:
             text = f"{sum(self.sizes):,} weights in {len(self.sizes)} tensor{'s' if len(self.sizes) > 1 else ''}"
@@ -89,6 +89,10 @@ def cpu_cases() -> list[Case]:
     cases += [Case("optim", (4_000_000,) * 4, density) for density in (0.2, 0.1, 0.02)]
     for what in ("pack", "unpack", "count", "hamming", "apply"):
         cases.append(Case("bitmask", (what, 4096, 4096), 0.1, quick=True))
+    for what in ("expand", "gather"):
+        cases += [Case("packed", (what, 4096, 4096), density, quick=density == 0.1) for density in (0.5, 0.1, 0.02)]
+    for density in (0.2, 0.1, 0.02):
+        cases.append(Case("packed", ("layer", 1024, 1024), density, 128, direction=BOTH, quick=density == 0.1))
     return cases
 
 
@@ -127,6 +131,10 @@ def cuda_cases() -> list[Case]:
         )
     for what in ("pack", "unpack", "count", "hamming", "apply"):
         cases.append(Case("bitmask", (what, 8192, 8192), 0.1, quick=what == "apply"))
+    for dtype in ("float32", "bfloat16"):
+        for what in ("expand", "gather"):
+            cases.append(Case("packed", (what, 8192, 8192), 0.1, dtype=dtype, quick=dtype == "float32"))
+        cases.append(Case("packed", ("layer", 4096, 4096), 0.1, 4096, dtype, BOTH, quick=dtype == "bfloat16"))
     return [dataclasses.replace(case, device="cuda") for case in cases]
 
 
@@ -145,6 +153,8 @@ def small_cases() -> list[Case]:
         Case("linear", (128, 64), 0.5, 16, direction="forward", structure="2:4"),
         Case("conv", (70, 66, 3, 6), 0.3, 2, direction=BOTH, structure="block:32x32"),
     ]
+    cases += [Case("packed", (what, 6, 70), 0.3) for what in ("expand", "gather")]
+    cases.append(Case("packed", ("layer", 6, 70), 0.3, 5, direction=BOTH))
     return cases + [Case("bitmask", (what, 6, 64), 0.3) for what in ("pack", "unpack", "count", "hamming", "apply")]
 
 

@@ -21,6 +21,7 @@ DENSE = {
     "optim": ("Adam(fused)", "Adam"),
     "topk": ("torch.topk",),
     "bitmask": ("float mask", "bool mask", "torch"),
+    "packed": ("dense", "masked_scatter", "dense[mask]"),
 }
 
 

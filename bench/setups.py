@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from sparselottery.bench import setups_structures
+from sparselottery.bench.setups_packed import packed
 from sparselottery.bench.timing import backend
 from sparselottery.ops import reference
 
@@ -515,4 +516,12 @@ def np_unpackbits(octets):
     return numpy.unpackbits(octets, axis=-1, bitorder="little").view("bool")
 
 
-SETUPS = {"topk": topk, "linear": linear, "conv": conv, "step": step, "optim": optim, "bitmask": bitmask}
+SETUPS = {
+    "topk": topk,
+    "linear": linear,
+    "conv": conv,
+    "step": step,
+    "optim": optim,
+    "bitmask": bitmask,
+    "packed": packed,
+}
