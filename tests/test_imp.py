@@ -35,6 +35,18 @@ def blobs(count, seed):
     return centres[y] + 0.8 * torch.randn(count, 8, generator=generator), y
 
 
+def other_model(seed):
+    return nn.Sequential(nn.Linear(9, 4))
+
+
+def few_outputs(seed):
+    return nn.Sequential(nn.Linear(8, 3))
+
+
+def no_mean(output, y):
+    return nn.functional.cross_entropy(output, y, reduction="none")
+
+
 DATA = blobs(100, 0), blobs(40, 1), blobs(50, 2)
 
 
@@ -307,6 +319,30 @@ def test_mistakes_are_named(changed, kind, message):
     arguments = {"make_model": make_model, "fit": fine, "rounds": 1, "seeds": 2} | changed
     with pytest.raises(kind, match=message):
         sl.imp(**arguments)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    "changed, kind, message",
+    [
+        (
+            {"make_model": other_model},
+            ValueError,
+            r"model: does not fit the data, x \[100, 8\] with labels up to 3: mat1",
+        ),
+        ({"make_model": few_outputs}, ValueError, r"model: does not fit the data, .*: Target 3 is out of bounds"),
+        ({"fit": trainer(lr=-1)}, ValueError, "lr: expected"),
+        ({"fit": trainer(optimizer_options={"eps": 1, "moment": 2})}, TypeError, "moment"),
+        ({"rewind": "21it"}, ValueError, "snapshot_at: expected a step from 0 to 20, got '21it'"),
+        ({"budget": "2 weeks"}, ValueError, "budget: expected iterations or a string"),
+        ({"fit": trainer(loss=no_mean)}, TypeError, r"loss: expected it to return a scalar tensor, got \[2\]"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_no_folder_behind(changed, kind, message, workers, tmp_path):
+    arguments = {"make_model": make_model, "fit": trainer(), "rounds": 1, "seeds": 2} | changed
+    with pytest.raises(kind, match=message):
+        sl.imp(**arguments, workers=workers, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def failing(model, *, seed, budget):

@@ -249,3 +249,17 @@ def test_bad_data_and_models():
         trainer(optimizer=lambda p: None)(network(), seed=0)
     with pytest.raises(ValueError, match="part: expected one of"):
         trainer().evaluate(network(), "tests")
+
+
+def test_a_check_changes_nothing():
+    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 4))
+    model[1].eval()
+    before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    Trainer(TRAIN).check(model, snapshot_at="1ep")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert model.training and model[0].training and not model[1].training
+    with pytest.raises(ValueError, match="snapshot_at: expected a step from 0 to 5"):
+        Trainer(TRAIN).check(model, budget=5, snapshot_at=6)
+    with pytest.raises(ValueError, match="model: does not fit the data"):
+        Trainer(TRAIN).check(nn.Linear(9, 4))

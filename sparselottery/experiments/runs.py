@@ -53,6 +53,9 @@ class Fit:
     def __call__(self, model, *, seed, budget=None, snapshot_at=None, start_at=0) -> History:
         return self.trainer(model, seed=seed, budget=budget, snapshot_at=snapshot_at, start_at=start_at)
 
+    def check(self, model, *, budget=None, snapshot_at=None) -> None:
+        self.trainer.check(model, budget=budget, snapshot_at=snapshot_at)
+
     def make_model(self) -> Callable:
         """`make(seed=...) -> nn.Module`."""
         h = self.hparams

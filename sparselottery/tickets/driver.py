@@ -110,6 +110,10 @@ def run(
 
     `config`: what config.json says besides. Without `out` the run lives in a temporary folder as long as its result.
     """
+    asked = getattr(plan.fit, "check", None)
+    if callable(asked) and accepts(asked, "budget", "snapshot_at"):  # before a mistake can leave anything behind
+        rewinding = {"snapshot_at": plan.rewind} if plan.rewind != "init" else {}
+        asked(plan.build(plan.seeds[0]), budget=plan.budget, **rewinding)
     many = how_many(plan.replicas, plan.fit, lambda: plan.build(plan.seeds[0]), workers)
     plan = replace(plan, replicas=many)
     if workers > 1:

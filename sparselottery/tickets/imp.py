@@ -45,6 +45,7 @@ def imp(
         fit: `fit(model, *, seed, budget) -> History` trains a model in place: a `sl.Trainer`, or any training loop that
             returns a History or a mapping with "test_accuracy" (and, for the early stop, see `History.of`). To rewind to a
             step it also takes `snapshot_at` (return the state_dict at that step as the history's `snapshot`) and `start_at`.
+            If it has a method `check(model, *, budget, snapshot_at)`, that is asked before anything is made.
         rounds, density: how many rounds of pruning, or instead until this fraction of the weights or less is left.
         rate: the fraction of the remaining weights pruned in a round.
         rewind: "init" (to the initial values), or a step of the dense training: "500it", "2ep". Training then starts at it.

@@ -181,6 +181,35 @@ class Trainer:
 
     fit = __call__
 
+    def check(self, model: nn.Module, *, budget: int | str | None = None, snapshot_at: int | str | None = None) -> None:
+        """See whether `fit` could begin, without training: a driver asks before it makes a run folder or starts a worker.
+
+        Args: those of `fit`. `model` is left as it is.
+
+        Raises:
+            TypeError, ValueError: a step or an option of the optimizer is not as described, or the model does not fit the
+                data: its forward or the loss fails on two examples (those of the lowest and highest label).
+        """
+        self._span(budget, snapshot_at, 0)
+        device = _device(model)
+        x, y = self.data["train"]
+        chosen = torch.stack([y.argmin(), y.argmax()])
+        modes = {module: module.training for module in model.modules()}
+        with _random_numbers(0, device), dispatch.reproducible(), torch.no_grad():
+            self._make_optimizer(model)
+            model.eval()
+            try:
+                loss = self.loss(model(x[chosen].to(device)), y[chosen].to(device))
+            except Exception as error:
+                raise ValueError(
+                    f"model: does not fit the data, x {[len(x), *x.shape[1:]]} with labels up to {y.max()}: {error}"
+                ) from error
+            finally:
+                for module, mode in modes.items():
+                    module.training = mode
+        if not isinstance(loss, Tensor) or loss.ndim:
+            raise TypeError(f"loss: expected it to return a scalar tensor, got {list(getattr(loss, 'shape', [loss]))}")
+
     def fit_many(
         self,
         models: Sequence[nn.Module],
