@@ -1,6 +1,6 @@
 """2:4 layers without a GPU: which masks and layers have the form, what compress and explain do, saving and copying.
 
-torch compresses weights on GPUs only, so its compression is stood in for; tests/gpu/test_blocks.py has the real one.
+torch compresses weights on GPUs only, so its compression is stood in for; tests/gpu/test_structures.py has the real one.
 """
 
 import copy
