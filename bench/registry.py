@@ -108,6 +108,8 @@ def cuda_cases() -> list[Case]:
         for batch in (1, 16, 128):
             quick = batch == 1 and density == 0.1
             cases.append(Case("linear", (4096, 4096), density, batch, "bfloat16", "forward", quick=quick))
+    cases += [Case("linear", (4096, 4096), 0.2, batch, "bfloat16", "forward") for batch in (4, 8, 32, 64)]
+    cases += [Case("linear", (4096, 14336), density, 1, "float16", "forward") for density in (0.3, 0.1)]
     for density in (0.1, 0.05, 0.02):
         cases.append(Case("linear", (4096, 4096), density, 4096, "bfloat16", BOTH, quick=density == 0.1))
         cases.append(Case("linear", (4096, 4096), density, 4096, "float32", BOTH))
@@ -144,6 +146,8 @@ def small_cases() -> list[Case]:
         Case("topk", (700, 300), 0.2),
         Case("linear", (70, 33), 0.1, 5, direction=BOTH),
         Case("linear", (70, 33), 0.1, 5, direction="forward"),
+        Case("linear", (200, 70), 0.3, 3, "bfloat16", "forward"),
+        Case("linear", (1200, 40), 0.1, 20, "float16", "forward"),
         Case("conv", (5, 7, 3, 8), 0.2, 3, direction=BOTH),
         Case("step", (20, 15, 10), 0.2, 6),
         Case("optim", (1500, 3), 0.1),

@@ -120,6 +120,27 @@ def test_every_kind_of_case_passes_its_parity_gate(case):
     assert work.bytes > 0
 
 
+def test_decode_kernels_are_candidates_where_they_run(monkeypatch):
+    """As on a GPU, with the product of the unpacked weight in place of the kernel."""
+    from torch.nn import functional as F
+
+    from sparselottery.ops import decode_linear
+
+    cases = [case for case in SMALL if case.op == "linear" and case.dtype != "float32"]
+    monkeypatch.setattr(decode_linear, "why_dense", lambda *_: None)
+
+    def dense(x, starts, codes, values, bias, *shape):
+        return F.linear(x, decode_linear._unpack(starts, codes, values, *shape), bias)
+
+    monkeypatch.setattr(decode_linear, "_cuda", dense)
+    for case, names in zip(cases, ({"gap4", "gap8"}, {"gap4", "gap8", "tiles"}), strict=True):
+        work = case.prepare()
+        assert {name for name in work.candidates if name.startswith("decode")} == {f"decode {n}" for n in names}
+        parities = verify.verify(work)
+        assert all(p.ok for p in parities.values()), parities
+        assert all(f"decode {n}" in parities and work.candidates[f"decode {n}"].ours for n in names)
+
+
 def test_same_seed_same_inputs():
     first, second, third = (SMALL[1].prepare(seed).expected() for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and not torch.equal(first[0], third[0])
