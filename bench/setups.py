@@ -171,7 +171,10 @@ def linear(case, seed) -> Work:
         return reference.masked_linear(x, weight, words, bias)
 
     def by_hand(grad):
-        return {"torch.sparse CSR": _csr(case, sets[0], mask, grad)} if case.dtype == "float32" else {}
+        if case.dtype != "float32":
+            return {}
+        emulated = {"bf16x6": _emulated(case, sets, mask, grad)} if case.device == "cuda" else {}
+        return {"torch.sparse CSR": _csr(case, sets[0], mask, grad)} | emulated
 
     work = _layer_work(case, sets, mask, draw, ours, baselines, plain, by_hand)
     work.candidates |= _decode(case, sets, words)
@@ -227,6 +230,22 @@ def _csr(case, inputs, mask, grad) -> Candidate:
             return [run(0)]
         y, dx, dw, db = run(0)
         return [y, dx, dw.to_dense(), db]
+
+    return Candidate(run, results)
+
+
+def _emulated(case, sets, mask, grad) -> Candidate:
+    """float32 through bfloat16 tensor cores: what allow_fp32_emulation adds to the dispatcher's choice."""
+    from sparselottery.ops import fp32_linear
+
+    def run(i):
+        x, weight, bias = (t.detach() for t in sets[i % len(sets)])
+        y = fp32_linear.forward(x, weight, bias)
+        return [y] if case.direction == "forward" else [y, *fp32_linear.backward(grad, x, weight), grad.sum(0)]
+
+    def results():
+        y, *gradients = run(0)
+        return [y, *(g * mask if g.shape == mask.shape else g for g in gradients)]
 
     return Candidate(run, results)
 

@@ -16,6 +16,7 @@ try:
         sparsify,
         unpack,
     )
+    from .ops.fp32_linear import allow_fp32_emulation
     from .ops.global_topk import global_topk
     from .pruning import prune
     from .tickets.imp import imp
@@ -43,6 +44,7 @@ __all__ = [
     "Ticket",
     "TicketError",
     "Trainer",
+    "allow_fp32_emulation",
     "compress",
     "densify",
     "explain",

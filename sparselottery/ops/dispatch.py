@@ -219,6 +219,13 @@ def clear() -> None:
         _loaded = False
 
 
+def changed() -> None:
+    """What may run has changed: decisions remembered outside of here, together with `state()`, are asked for anew."""
+    global _generation
+    with _lock:
+        _generation += 1
+
+
 def _seconds(run):
     device = torch.cuda.synchronize if torch.cuda.is_initialized() else None
     if device:

@@ -1,7 +1,8 @@
 """Masked linear layer as an op: y = x (W∘M)ᵀ + b, with dX = dY (W∘M), dW∘M and db.
 
 Source: the subnetwork f(x; m∘θ) of Frankle & Carbin 2019, section 1. Backends: reference; dense (the library's matmul, the
-mask applied to dW in place); cpu (csrc/cpu/masked_linear.cpp, float32, unstructured sparse); triton. `dispatch` chooses.
+mask applied to dW in place); cpu (csrc/cpu/masked_linear.cpp, float32, unstructured sparse); triton; bf16x6 (fp32_linear.py,
+where it is allowed). `dispatch` chooses.
 
 A weight off the mask counts as +0 whatever it holds, NaN and inf too. Where x or dY holds inf or NaN, a sparse backend
 leaves out the products with dead weights that a dense one turns into NaN.
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _ext
-from . import bitmask, dispatch, reference
+from . import bitmask, dispatch, fp32_linear, reference
 from .library import LIBRARY, check_tensors, is_plain, transformed
 
 OP = "masked_linear"
@@ -65,6 +66,15 @@ def _dense_backward(grad, x, weight, words, premasked, output_mask):
     dx = grad @ _masked(weight, words, premasked) if output_mask[0] else _none(grad)
     dw = bitmask.zero_dead_(_rows(grad).t() @ _rows(x), words) if output_mask[1] else _none(grad)
     return dx, dw, _rows(grad).sum(0) if output_mask[2] else _none(grad)
+
+
+def _emulated_backward(grad, x, weight, words, premasked, output_mask):
+    weight = _masked(weight, words, premasked) if output_mask[0] else None
+    dx, dw = fp32_linear.backward(grad, x if output_mask[1] else None, weight)
+    if dw is not None:
+        bitmask.zero_dead_(dw, words)
+    db = _rows(grad).sum(0) if output_mask[2] else None
+    return tuple(_none(grad) if g is None else g for g in (dx, dw, db))
 
 
 # ---- cpu: an index of the survivors per mask ----
@@ -264,19 +274,23 @@ def _key(direction, t, weight, words, *extra):
         _ = weight._version
     except RuntimeError:  # inference tensors keep no version counter: nothing about them can be cached
         return None
-    if index.bucket < 2:
+    emulated = fp32_linear.takes(t)
+    if index.bucket < 2 and not emulated:
         return None
     batch = t.numel() // t.shape[-1]
     if batch == 0:
         return None
     dtype = "float32" if t.is_cpu else str(t.dtype)[6:]
     batch = dispatch.batch_bucket(batch)
+    extra += (fp32_linear.NAME,) if emulated else ()  # there is one candidate more
     return (direction, shape, dtype, index.bucket, batch, torch.get_num_threads(), t.device.type, *extra)
 
 
-def _candidates(t, dense, cpu, triton, plain):
+def _candidates(t, dense, cpu, triton, plain, emulated):
     """name -> call, of those that these tensors allow."""
     candidates = {"dense": dense, "reference": plain}
+    if fp32_linear.takes(t):
+        candidates[fp32_linear.NAME] = emulated
     if t.dtype is torch.float32 and t.is_cpu and _ext.WHY_NOT is None:
         candidates["cpu"] = cpu
     if t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
@@ -349,6 +363,7 @@ def _forward(x, weight, words, bias, premasked):
         lambda: _cpu(x, weight, words, bias),
         lambda: _triton().forward(_rows(x), weight, words, bias).view(*x.shape[:-1], weight.shape[0]),
         lambda: reference.masked_linear(x, weight, words, bias),
+        lambda: fp32_linear.forward(x, _masked(weight, words, premasked), bias),
     )
     return candidates[name or _choose("forward", key, candidates)]()
 
@@ -368,6 +383,7 @@ def _backward(grad, x, weight, words, premasked, output_mask, watched=False):
         lambda: _cpu_backward(grad, x, weight, words, output_mask, watched),
         lambda: _triton_backward(grad, x, weight, words, output_mask),
         lambda: _reference_backward(grad, x, weight, words, output_mask),
+        lambda: _emulated_backward(grad, x, weight, words, premasked, output_mask),
     )
     return candidates[name or _choose("backward", key, candidates)]()
 

@@ -192,3 +192,43 @@ def packed_expand(values: Tensor, words: Tensor, shape) -> Tensor:
 def packed_gather(dense: Tensor, words: Tensor) -> Tensor:
     """The survivors of a dense tensor `[*]` -> values `[count]`."""
     return dense.masked_select(bitmask_unpack(words, dense.shape))
+
+
+# ---- fp32_linear: a float32 product from six of the nine products of bfloat16 parts ----
+
+
+def bf16_parts(matrix: Tensor) -> list[Tensor]:
+    """Three bfloat16 tensors whose sum is the float32 `matrix`, the largest first (exactly, unless a part underflows)."""
+    parts, rest = [], matrix.float()
+    for _ in range(3):
+        finite = rest.isfinite()
+        largest = torch.finfo(torch.bfloat16).max
+        part = torch.where(finite, rest.clamp(-largest, largest), rest).bfloat16()
+        parts.append(part)
+        rest = torch.where(finite, rest - part.float(), 0)
+    return parts
+
+
+def bf16x6_matmul(a: Tensor, b: Tensor, *, block: int = 32, step: int = 16) -> Tensor:
+    """a `[M, K]` times b `[N, K]` transposed in float32, as tensor cores do it that truncate their sums.
+
+    The exact sum of `step` products and what was there before is cut to float32 (toward zero); after `block` products a float32
+    addition, rounded to nearest, joins it to the result.
+    """
+    (a0, a1, a2), (b0, b1, b2) = ([p.double() for p in bf16_parts(t)] for t in (a, b))
+    result = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
+    for start in range(0, a.shape[1], block):
+        part = torch.zeros_like(result)
+        for x, y in ((a1, b1), (a0, b2), (a2, b0), (a0, b1), (a1, b0), (a0, b0)):
+            for first in range(start, min(start + block, a.shape[1]), step):
+                last = min(first + step, start + block)
+                part = _toward_zero(part.double() + x[:, first:last] @ y[:, first:last].T)
+        result += part
+    return result
+
+
+def _toward_zero(exact: Tensor) -> Tensor:
+    """float64 -> float32, truncated."""
+    rounded = exact.float()
+    too_far = rounded.double().abs() > exact.abs()
+    return torch.where(too_far, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
