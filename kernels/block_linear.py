@@ -12,6 +12,8 @@ from memory to the tensor cores as they are. Nothing is added atomically: result
 Callers (ops/block_linear.py) have checked their arguments and keep the indexes.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -208,6 +210,22 @@ def _options(tensor):
     return {"PRECISION": _precision(tensor.dtype), "UPCAST": INTERPRETED and tensor.dtype == torch.bfloat16}
 
 
+@functools.cache
+def _shared_memory(device):
+    """Bytes of shared memory that a block of threads may ask for on a device."""
+    properties = torch.cuda.get_device_properties(device)
+    small = (properties.major, properties.minor) in ((8, 6), (8, 9), (12, 0), (12, 1))
+    return getattr(properties, "shared_memory_per_block_optin", (99 if small else 163) << 10)
+
+
+def _fitting(config, tensor, factors, unfilled):
+    """`config` with as many stages as its buffers fit into shared memory: `factors` elements each, `unfilled` stages without."""
+    if not tensor.is_cuda:
+        return config
+    most = (_shared_memory(tensor.device) - 2048) // (factors * tensor.element_size()) + unfilled  # 2 KB for indexes
+    return config | {"num_stages": max(1, min(config["num_stages"], most))}
+
+
 def _product(source, weight, index, bias):
     """source [M, in] and weight [out, in], any strides -> [M, out]."""
     strip, unit, first, units = index
@@ -216,6 +234,7 @@ def _product(source, weight, index, bias):
     if target.numel() == 0:
         return target
     options, config = _options(source), _config(source.dtype, rows, strip)
+    config = _fitting(config, source, (config["BM"] + config["BO"]) * config["BI"], 2)
     with torch.cuda.device_of(source):
         product[(triton.cdiv(rows, config["BM"]), triton.cdiv(outputs, strip))](
             source, weight, first, units, bias, target, rows, outputs, inputs, *source.stride(), *weight.stride(),
@@ -241,6 +260,7 @@ def backward_weight(grad, x, words, index):
     if len(owners) == 0 or grad.shape[0] == 0:
         return dweight
     options, config = _options(x), _weight_config(x.dtype, strip)
+    config = _fitting(config, x, (config["BO"] + config["BI"]) * config["BM"], 0)
     with torch.cuda.device_of(x):
         weight_product[(len(owners),)](
             grad, x, words, owners, units, dweight, grad.shape[0], *dweight.shape, *grad.stride(), *x.stride(),

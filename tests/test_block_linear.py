@@ -156,6 +156,24 @@ def test_on_a_cpu_a_layer_does_not_ask(monkeypatch):
     assert "block" not in str(sl.explain(layer))
 
 
+def test_a_compiled_layer_goes_by_the_blocks_of_the_last_eager_call(monkeypatch):
+    layer = sl.MaskedLinear(256, 256, mask=block_mask((256, 256), (64, 64)))
+    x, called = torch.randn(4, 256), []
+    monkeypatch.setattr(op, "blocks_for", lambda x, words, shape: op.find_block(words, shape))
+    want = layer(x)
+    assert layer._block == (64, 64)
+
+    def look(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=look)(x), want)
+    assert any("block_linear" in name for name in called)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), want)
+    assert "_block" not in layer.__getstate__()
+
+
 # ---- bad input ----
 
 

@@ -23,6 +23,9 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         TypeError, ValueError: `mask` is something else or has another shape.
     """
 
+    _transient = (*MaskedWeight._transient, "_block")
+    _block: tuple[int, int] | None = None
+
     def __init__(
         self,
         in_features: int,
@@ -45,11 +48,14 @@ class MaskedLinear(MaskedWeight, nn.Linear):
                 block = None  # the op says what is wrong
             else:
                 block = block_linear.blocks_for(input, self.weight_mask, self.weight.shape)
+            if self._block != block:
+                self.__dict__["_block"] = block
             if self._goes_to_library(input, lambda wanted: self._runs_dense(input, block, wanted)):
                 return F.linear(input, self._weight_for_library(), self.bias)
-            if block is not None:
-                arguments = input, self.weight, self.weight_mask, self.bias
-                return block_linear.block_linear(*arguments, block=block, premasked=True)
+        # Compiled code can't ask what blocks the mask has: it goes by what the last eager forward found.
+        if self._block is not None:
+            arguments = input, self.weight, self.weight_mask, self.bias
+            return block_linear.block_linear(*arguments, block=self._block, premasked=premasked)
         return masked_linear(input, self.weight, self.weight_mask, self.bias, premasked=premasked)
 
     def _runs_dense(self, input, block, wanted):

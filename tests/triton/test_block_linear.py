@@ -151,6 +151,20 @@ def test_tiles_of_a_block(block, dtype, tiles):
     assert block_linear.tiling(block, dtype) == tiles
 
 
+@pytest.mark.parametrize("kib, stages", [(227, 5), (163, 5), (99, 4), (64, 3), (1, 1)])
+def test_stages_fit_into_shared_memory(monkeypatch, kib, stages):
+    class Cuda:
+        is_cuda, device = True, 0
+
+        def element_size(self):
+            return 2
+
+    monkeypatch.setattr(block_linear, "_shared_memory", lambda device: kib << 10)
+    config = block_linear._config(torch.bfloat16, 4096, 64)
+    assert (config["BM"], config["BO"], config["BI"], config["num_stages"]) == (256, 64, 64, 5)
+    assert block_linear._fitting(config, Cuda(), (256 + 64) * 64, 2) == config | {"num_stages": stages}
+
+
 def test_other_dtypes_are_refused():
     x, w, _, _, _, words = sample(2, 20, 20, (16, 16))
     index = op.index(words, (20, 20), (16, 16), torch.float32, "y")
