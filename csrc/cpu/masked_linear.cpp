@@ -3,9 +3,6 @@
 #include "masked_linear.h"
 
 #include <omp.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -23,6 +20,7 @@
 #include "common.h"
 #include "isa.h"
 #include "masked_linear_simd.h"
+#include "sparse_order.h"
 
 namespace sl::cpu {
 namespace {
@@ -59,95 +57,12 @@ Kernels kernels(int64_t batch) {
   return SL_KERNELS(portable);
 }
 
-// Aligned memory that is not initialized. Large arrays ask for huge pages: an index is walked front to back once per
-// call, and without them a miss in the translation cache every 4 KiB costs a quarter of a matrix-vector product.
-template <class T>
-class Array {
- public:
-  Array() = default;
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-  ~Array() { std::free(data_); }
-
-  // At least `size` elements; what was there before is lost if the memory has to grow.
-  T* reserve(int64_t size) {
-    if (size > capacity_) {
-      std::free(data_);
-      capacity_ = 0;
-      const size_t bytes = size * sizeof(T), unit = bytes >= 2 * kHugePage ? kHugePage : 64;
-      data_ = static_cast<T*>(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit));
-      if (data_ == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-      if (unit == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);  // a wish: it may be refused
-#endif
-      capacity_ = size;
-    }
-    return data_;
-  }
-  T* get() const { return data_; }
-  T& operator[](int64_t i) const { return data_[i]; }
-
- private:
-  static constexpr size_t kHugePage = 2 << 20;
-  T* data_ = nullptr;
-  int64_t capacity_ = 0;
-};
-
 // Tiles are as large as a batch tile of activations, and fresh pages for them cost as much as a sparse product: each
 // thread that calls keeps its own.
 struct Workspace {
   Array<float> x, y, dx, dw;
 };
 thread_local Workspace workspace;
-
-// Owns what a SparseLayout points to.
-struct Order {
-  SparseLayout layout{};
-  std::vector<uint32_t> begin, line;
-  Array<uint16_t> index;
-  Array<float> value;
-  bool has_values = false;
-
-  // The survivors in `lines` x `minors`: offsets[line] .. offsets[line + 1] of `minor`, ascending in each line. If
-  // `where` is given, where[i] becomes the new place of survivor i.
-  void build(int64_t lines, int64_t minors, int64_t block, int64_t panel, const std::vector<uint32_t>& offsets,
-             const uint32_t* minor, uint32_t* where) {
-    const int64_t panels = std::max<int64_t>(1, (minors + panel - 1) / panel);
-    const int64_t blocks = (lines + block - 1) / block;
-    const int64_t count = offsets[lines];
-    begin.resize(lines * panels + 1);
-    line.resize(lines * panels);
-    index.reserve(count);
-    value.reserve(count);
-    std::vector<uint32_t> cursor(offsets.begin(), offsets.end() - 1), end(lines), sorted(lines);
-    uint32_t place = 0;
-    int64_t segment = 0;
-    for (int64_t b = 0; b < blocks; b++) {
-      const int64_t first = b * block, last = std::min(first + block, lines);
-      for (int64_t p = 0; p < panels; p++) {
-        const uint32_t limit = static_cast<uint32_t>(std::min((p + 1) * panel, minors));
-        for (int64_t i = first; i < last; i++) {
-          end[i] = static_cast<uint32_t>(std::lower_bound(minor + cursor[i], minor + offsets[i + 1], limit) - minor);
-        }
-        std::iota(sorted.begin() + first, sorted.begin() + last, static_cast<uint32_t>(first));
-        std::stable_sort(sorted.begin() + first, sorted.begin() + last,
-                         [&](uint32_t a, uint32_t c) { return end[a] - cursor[a] < end[c] - cursor[c]; });
-        for (int64_t r = first; r < last; r++) {
-          const uint32_t i = sorted[r];
-          begin[segment] = place;
-          line[segment++] = i;
-          for (uint32_t k = cursor[i]; k < end[i]; k++, place++) {
-            index[place] = static_cast<uint16_t>(minor[k] - p * panel);
-            if (where != nullptr) where[k] = place;
-          }
-          cursor[i] = end[i];
-        }
-      }
-    }
-    begin[segment] = place;
-    layout = {lines, minors, block, panel, blocks, panels, begin.data(), line.data(), index.get(), value.get()};
-  }
-};
 
 int thread_count(int64_t work) { return work < kSmallWork || omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
@@ -171,10 +86,7 @@ int64_t block_for(int64_t lines) {
 
 }  // namespace
 
-struct MaskedLinearPlan::Impl {
-  int64_t rows, columns, words_per_line;
-  std::vector<uint32_t> offsets;   // [rows + 1]: the mask, row by row
-  Array<uint32_t> position;        // [count]: where a survivor stands in the dense weight, row by row
+struct MaskedLinearPlan::Impl : Survivors {
   Order panelled, whole;           // rows, for batches and for a single sample
   Order transposed;                // columns
   Array<uint32_t> where;           // [count]: where a survivor of the row order stands in `transposed`
@@ -186,9 +98,6 @@ struct MaskedLinearPlan::Impl {
   const float* weight = nullptr;  // whose values were gathered, never read through this
   int64_t weight_version = -1;
   std::mutex lock;
-
-  int64_t count() const { return offsets.back(); }
-  double density() const { return static_cast<double>(count()) / std::max<int64_t>(1, rows * columns); }
 
   void gather_whole(const float* weight) {
     if (whole.has_values) return;
@@ -231,39 +140,6 @@ struct MaskedLinearPlan::Impl {
     for (size_t i = 0; i < sample_weight.size(); i++) sample_value[i] = weight[sample_weight[i]];
     has_sample = true;
   }
-
-  void build_rows(Order& order, int64_t block, int64_t panel, Array<uint32_t>* places) {
-    if (order.layout.blocks > 0) return;
-    uint32_t* place = places != nullptr ? places->reserve(count()) : nullptr;
-    std::vector<uint32_t> column(count());
-    for (int64_t i = 0; i < rows; i++) {
-      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++)
-        column[k] = static_cast<uint32_t>(position[k] - i * columns);
-    }
-    order.build(rows, columns, block, panel, offsets, column.data(), place);
-  }
-
-  void build_columns() {
-    if (transposed.layout.blocks > 0) return;
-    std::vector<uint32_t> starts(columns + 1, 0), row(count()), place(count());
-    for (int64_t i = 0; i < rows; i++) {
-      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) starts[position[k] - i * columns + 1]++;
-    }
-    std::partial_sum(starts.begin(), starts.end(), starts.begin());
-    std::vector<uint32_t> cursor(starts.begin(), starts.end() - 1), turned(count());
-    for (int64_t i = 0; i < rows; i++) {
-      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) {
-        turned[k] = cursor[position[k] - i * columns]++;
-        row[turned[k]] = static_cast<uint32_t>(i);
-      }
-    }
-    transposed.build(columns, rows, block_for(columns), panel(), starts, row.data(), place.data());
-    where.reserve(count());
-    for (int64_t k = 0; k < count(); k++) where[k] = place[turned[k]];
-  }
-  // Minors per panel: few enough that their features stay in the first-level cache while a block of lines goes over
-  // them, enough that a line finds a dozen survivors there.
-  int64_t panel() const { return density() > 0.05 ? 256 : 1024; }
 
   bool is_zero_off_the_mask(const float* dw) const {
     return std::all_of(sample_dead.begin(), sample_dead.end(), [&](uint64_t i) { return dw[i] == 0; });
@@ -330,24 +206,8 @@ MaskedLinearPlan::MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t 
   if (rows < 0 || columns < 0 || (columns > 0 && rows >= (int64_t{1} << 32) / columns)) {
     throw std::invalid_argument("masked_linear: an index holds fewer than 2^32 weights");
   }
-  m.rows = rows;
-  m.columns = columns;
-  m.words_per_line = words_per_row(columns);
-  m.offsets.resize(rows + 1);
-  for (int64_t i = 0; i < rows; i++) {
-    uint32_t survivors = 0;
-    for (int64_t w = 0; w < m.words_per_line; w++) survivors += __builtin_popcount(words[i * m.words_per_line + w]);
-    m.offsets[i + 1] = m.offsets[i] + survivors;
-  }
-  uint32_t* position = m.position.reserve(m.count());
-  for (int64_t i = 0; i < rows; i++) {
-    for (int64_t w = 0; w < m.words_per_line; w++) {
-      for (uint32_t bits = words[i * m.words_per_line + w]; bits != 0; bits &= bits - 1) {
-        *position++ = static_cast<uint32_t>(i * columns + w * kWordBits + __builtin_ctz(bits));
-      }
-    }
-  }
-  const int64_t total = rows * m.words_per_line;
+  m.build(words, rows, columns);
+  const int64_t words_per_line = words_per_row(columns), total = rows * words_per_line;
   for (int64_t i = 0; i < std::min(kSamples, total); i++) {
     const int64_t at = i * total / std::min(kSamples, total);
     m.sample_word.push_back(static_cast<uint32_t>(at));
@@ -359,7 +219,7 @@ MaskedLinearPlan::MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t 
   // The first dead weight of each of kSamples stretches.
   const auto is_dead = [&](int64_t i) {
     const int64_t j = i % columns;
-    return (words[i / columns * m.words_per_line + j / kWordBits] >> (j % kWordBits) & 1) == 0;
+    return (words[i / columns * words_per_line + j / kWordBits] >> (j % kWordBits) & 1) == 0;
   };
   const int64_t weights = rows * columns, stretch = (weights + kSamples - 1) / kSamples;
   for (int64_t first = 0; first < weights; first += stretch) {
@@ -404,12 +264,14 @@ void MaskedLinearPlan::forward(const float* x, int64_t x_stride, int64_t batch, 
   const int threads = thread_count(m.count() * batch);
   const Kernels k = kernels(batch);
   if (batch == 1 && m.columns <= kMaxPanel && tile == 0) {
-    m.build_rows(m.whole, std::min<int64_t>(64, block_for(m.rows)), kMaxPanel, nullptr);
+    if (m.whole.layout.blocks == 0) {
+      m.build_rows(m.whole, std::min<int64_t>(64, block_for(m.rows)), kMaxPanel, nullptr);
+    }
     m.gather_whole(weight);
     kernels(std::numeric_limits<int64_t>::max()).vector({m.whole.layout, x, bias, y, gathers(), threads});
     return;
   }
-  m.build_rows(m.panelled, block_for(m.rows), m.panel(), &m.panelled_where);
+  if (m.panelled.layout.blocks == 0) m.build_rows(m.panelled, block_for(m.rows), m.panel(), &m.panelled_where);
   m.gather(weight, true, m.transposed.layout.blocks > 0);
   in_tiles(k, batch, tile, [&](int64_t first, int64_t count, int64_t vectors) {
     float* x_tile = workspace.x.reserve(m.columns * vectors * k.width);
@@ -425,7 +287,9 @@ void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const fl
   std::lock_guard<std::mutex> guard(m.lock);
   const Kernels k = kernels(batch);
   const bool by_rows = dw != nullptr && batch > 0 && batch <= kRowTile * k.width && tile == 0 && !m.can_stream(dw);
-  if (dx != nullptr || !by_rows) m.build_columns();
+  if ((dx != nullptr || !by_rows) && m.transposed.layout.blocks == 0) {
+    m.build_columns(m.transposed, block_for(m.columns), m.where);
+  }
   if (dx != nullptr) m.gather(weight, false, true);
   SparseLayout columns = m.transposed.layout;
   if (dx == nullptr && by_rows) {  // no walk, only packing
