@@ -18,6 +18,7 @@
 #include "masked_conv2d.h"
 #include "masked_linear.h"
 #include "masked_optim.h"
+#include "mlp.h"
 #include "packed.h"
 
 namespace py = pybind11;
@@ -222,6 +223,7 @@ PYBIND11_MODULE(_C, m) {
 
   // masked_linear
   using sl::cpu::MaskedLinearPlan;
+  using sl::cpu::Mlp;
   py::class_<MaskedLinearPlan>(m, "CpuMaskedLinearPlan")
       .def(py::init([](uintptr_t words, int64_t rows, int64_t columns) {
         py::gil_scoped_release release;
@@ -248,6 +250,45 @@ PYBIND11_MODULE(_C, m) {
              plan.backward(as<const float>(grad), grad_stride, as<const float>(x), x_stride, batch,
                            as<const float>(weight), as<float>(dx), as<float>(dw), as<float>(db), tile, dw_is_zero);
            });
+
+  // mlp
+  py::class_<Mlp>(m, "CpuMlp")
+      .def(py::init([](const std::vector<std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, bool>>& layers,
+                       bool adam, double momentum, double dampening, bool nesterov, double beta1, double beta2,
+                       double eps, bool decoupled, double weight_decay, double densest) {
+             std::vector<sl::cpu::MlpLayer> all;
+             for (const auto& [rows, columns, weight, words, bias, relu] : layers) {
+               all.push_back(
+                   {rows, columns, as<const float>(weight), as<const uint32_t>(words), as<const float>(bias), relu});
+             }
+             const sl::cpu::MlpOptimizer optimizer{adam,  momentum, dampening, nesterov,    beta1,
+                                                   beta2, eps,      decoupled, weight_decay};
+             py::gil_scoped_release release;
+             return std::make_unique<Mlp>(all, optimizer, densest);
+           }),
+           py::arg("layers"), py::kw_only(), py::arg("adam"), py::arg("momentum"), py::arg("dampening"),
+           py::arg("nesterov"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("decoupled"),
+           py::arg("weight_decay"), py::arg("densest"))
+      .def("train",
+           [](Mlp& mlp, uintptr_t x, int64_t x_stride, uintptr_t y, uintptr_t order, int64_t batch,
+              const std::vector<double>& rates) {
+             py::gil_scoped_release release;
+             return mlp.train(as<const float>(x), x_stride, as<const int64_t>(y), as<const int64_t>(order),
+                              rates.size(), batch, rates.data());
+           })
+      .def("evaluate",
+           [](Mlp& mlp, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t count) {
+             double loss;
+             int64_t right;
+             {
+               py::gil_scoped_release release;
+               mlp.evaluate(as<const float>(x), x_stride, as<const int64_t>(y), count, &loss, &right);
+             }
+             return std::make_pair(loss, right);
+           })
+      .def("store", [](const Mlp& mlp, int64_t layer, uintptr_t weight, uintptr_t bias) {
+        mlp.store(layer, as<float>(weight), as<float>(bias));
+      });
 
   // masked_optim
   m.def("cpu_masked_optim_sgd", [](const std::vector<int64_t>& table, const std::vector<double>& numbers, int dtype,

@@ -299,6 +299,22 @@ void backward_any(const BackwardArgs& a) {
 }
 
 template <int T>
+void tile_forward(const ForwardArgs& a) {
+  for (int64_t block = 0; block < a.rows.blocks; block++) forward_block<T>(a, block);
+}
+
+template <int T>
+void tile_backward(const BackwardArgs& a) {
+  for (int64_t block = 0; block < a.columns.blocks; block++) {
+    if (a.dx_tile != nullptr) {
+      backward_block<T, true, true>(a, block, !a.add);
+    } else {
+      backward_block<T, false, true>(a, block, !a.add);
+    }
+  }
+}
+
+template <int T>
 void weight(const WeightArgs& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
   for (int64_t i = 0; i < a.rows; i++) {
@@ -460,6 +476,32 @@ void masked_linear_backward(const BackwardArgs& a) {
     case 8:
       return backward_any<8>(a);
 #endif
+  }
+}
+
+void masked_linear_tile_forward(const ForwardArgs& a) {
+  switch (a.tile) {
+    case 1:
+      return tile_forward<1>(a);
+    case 2:
+      return tile_forward<2>(a);
+    case 3:
+      return tile_forward<3>(a);
+    case 4:
+      return tile_forward<4>(a);
+  }
+}
+
+void masked_linear_tile_backward(const BackwardArgs& a) {
+  switch (a.tile) {
+    case 1:
+      return tile_backward<1>(a);
+    case 2:
+      return tile_backward<2>(a);
+    case 3:
+      return tile_backward<3>(a);
+    case 4:
+      return tile_backward<4>(a);
   }
 }
 

@@ -72,14 +72,17 @@ struct VectorArgs {
   int threads;
 };
 
-#define SL_DECLARE_MASKED_LINEAR(isa)               \
-  namespace isa {                                   \
-  int64_t masked_linear_width();                    \
-  int64_t masked_linear_max_tile();                 \
-  void masked_linear_forward(const ForwardArgs&);   \
-  void masked_linear_backward(const BackwardArgs&); \
-  void masked_linear_weight(const WeightArgs&);     \
-  void masked_linear_vector(const VectorArgs&);     \
+#define SL_DECLARE_MASKED_LINEAR(isa)                                               \
+  namespace isa {                                                                   \
+  int64_t masked_linear_width();                                                    \
+  int64_t masked_linear_max_tile();                                                 \
+  void masked_linear_forward(const ForwardArgs&);                                   \
+  void masked_linear_backward(const BackwardArgs&);                                 \
+  /* The same on tiles that are packed already, results left packed; one thread. */ \
+  void masked_linear_tile_forward(const ForwardArgs&);                              \
+  void masked_linear_tile_backward(const BackwardArgs&);                            \
+  void masked_linear_weight(const WeightArgs&);                                     \
+  void masked_linear_vector(const VectorArgs&);                                     \
   }
 
 SL_DECLARE_MASKED_LINEAR(portable)

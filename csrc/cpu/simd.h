@@ -29,6 +29,9 @@ SL_INLINE void store(float* p, V v, int n) { _mm512_mask_storeu_ps(p, (__mmask16
 SL_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
 SL_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 SL_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+// max(v, 0), NaN kept; and what of a gradient passes through it: nothing where its result y is 0.
+SL_INLINE V relu(V v) { return _mm512_max_ps(zero(), v); }
+SL_INLINE V relu_gradient(V y, V grad) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), grad); }
 
 // r[i] lane j -> r[j] lane i.
 SL_INLINE void transpose(V* r) {
@@ -97,6 +100,8 @@ SL_INLINE void store(float* p, V v, int n) { _mm256_maskstore_ps(p, first(n), v)
 SL_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
 SL_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 SL_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+SL_INLINE V relu(V v) { return _mm256_max_ps(zero(), v); }
+SL_INLINE V relu_gradient(V y, V grad) { return _mm256_andnot_ps(_mm256_cmp_ps(y, zero(), _CMP_LE_OQ), grad); }
 
 SL_INLINE void transpose(V* r) {
   V t[8];
@@ -150,6 +155,8 @@ SL_INLINE void store(float* p, V v, int n) {
 SL_INLINE V add(V a, V b) { return a + b; }
 SL_INLINE V mul(V a, V b) { return a * b; }
 SL_INLINE V fma(V a, V b, V c) { return a * b + c; }
+SL_INLINE V relu(V v) { return v <= zero() ? zero() : v; }
+SL_INLINE V relu_gradient(V y, V grad) { return y <= zero() ? zero() : grad; }
 
 SL_INLINE void transpose(V* r) {
   const V a = r[0], b = r[1], c = r[2], d = r[3];

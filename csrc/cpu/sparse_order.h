@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <new>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "../common.h"
@@ -24,6 +25,11 @@ class Array {
   Array() = default;
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
+  Array(Array&& other) noexcept { swap(other); }
+  Array& operator=(Array&& other) noexcept {
+    swap(other);
+    return *this;
+  }
   ~Array() { std::free(data_); }
 
   // At least `size` elements; what was there before is lost if the memory has to grow.
@@ -45,6 +51,10 @@ class Array {
   T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  void swap(Array& other) {
+    std::swap(data_, other.data_);
+    std::swap(capacity_, other.capacity_);
+  }
   static constexpr size_t kHugePage = 2 << 20;
   T* data_ = nullptr;
   int64_t capacity_ = 0;
