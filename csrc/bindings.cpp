@@ -18,8 +18,8 @@
 #include "masked_conv2d.h"
 #include "masked_linear.h"
 #include "masked_optim.h"
-#include "mlp.h"
 #include "packed.h"
+#include "whole_step.h"
 
 namespace py = pybind11;
 
@@ -251,7 +251,7 @@ PYBIND11_MODULE(_C, m) {
                            as<const float>(weight), as<float>(dx), as<float>(dw), as<float>(db), tile, dw_is_zero);
            });
 
-  // mlp
+  // whole_step
   py::class_<Mlp>(m, "CpuMlp")
       .def(py::init([](const std::vector<std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, bool>>& layers,
                        bool adam, double momentum, double dampening, bool nesterov, double beta1, double beta2,

@@ -13,6 +13,7 @@ from ..nn.invariant import unmasked_gradients
 from ..ops import dispatch
 from . import replicas
 from .history import History, Record, check_seed, parse_step
+from .whole_step import WholeStep, why_not
 
 OPTIMIZERS = {"sgd": optim.SGD, "adam": optim.Adam, "adamw": optim.AdamW}
 
@@ -38,6 +39,8 @@ class Trainer:
         evaluate_test: "always", or "improved": only where validation loss is a new minimum, and at the end. The latter
             saves most of the time that evaluation takes and leaves `test_accuracy` None elsewhere.
         loss: `loss(output, y) -> scalar`, a mean over examples. evaluation_batch: examples in a forward pass of evaluation.
+        whole_step: train networks of linear layers and ReLU on a CPU in C++, several times faster than through their modules;
+            `why_not_whole_step(model)` says where that does not apply. Losses are the same up to rounding.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -62,6 +65,7 @@ class Trainer:
         evaluate_test: str = "always",
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         evaluation_batch: int = 1000,
+        whole_step: bool = True,
     ):
         self.data = {"train": _pair("train", train)}
         for name, pair in (("validation", validation), ("test", test)):
@@ -94,7 +98,7 @@ class Trainer:
         self.evaluate_every, self.evaluation_batch, self.evaluate_test = evaluate_every, evaluation_batch, evaluate_test
         self.warmup = self.steps(warmup, "warmup")
         self.milestones = sorted(self.steps(m, "milestones") for m in milestones)
-        self.gamma, self.patience, self.loss = gamma, patience, loss
+        self.gamma, self.patience, self.loss, self.whole_step = gamma, patience, loss, bool(whole_step)
 
     def steps(self, step: int | str, name: str = "step") -> int:
         """`"2ep"` and the like as iterations of this trainer."""
@@ -266,43 +270,56 @@ class Trainer:
         return start, end, keep
 
     def _train(self, model, seed, start, end, keep, data) -> History:
-        optimizer = self._make_optimizer(model)
-        # Nobody but the optimizer sees the gradients here.
-        unseen = unmasked_gradients() if getattr(optimizer, "masks_weights", False) else contextlib.nullcontext()
-        with unseen:
-            return self._loop(model, optimizer, seed, start, end, keep, data)
+        runner = self._runner(model, data)
+        try:
+            # Nobody but the optimizer sees the gradients here.
+            with unmasked_gradients() if runner.masks_weights else contextlib.nullcontext():
+                return self._loop(model, runner, seed, start, end, keep, data)
+        finally:
+            runner.store()
 
-    def _loop(self, model, optimizer, seed, start, end, keep, data) -> History:
+    def why_not_whole_step(self, model: nn.Module) -> str | None:
+        """Why `fit` cannot train this model in C++ and goes through its modules instead, None if it can."""
+        if not self.whole_step:
+            return "whole_step=False"
+        if _device(model).type != "cpu":
+            return f"a model on {_device(model)}"
+        return why_not(model, self.data, self.optimizer, self.optimizer_options, self.loss)
+
+    def _runner(self, model, data):
+        optimizer = self._make_optimizer(model)
+        if self.why_not_whole_step(model) is None:
+            return WholeStep(model, optimizer, data)
+        return _Modules(model, optimizer, data["train"], self.loss)
+
+    def _loop(self, model, runner, seed, start, end, keep, data) -> History:
         history = History(snapshot=_copy(model) if keep == start else None)
-        rates = [group["lr"] for group in optimizer.param_groups]
         scheduled = bool(self.warmup or self.milestones)
-        x, y = data["train"]
         order = None
-        total = torch.zeros((), device=x.device)  # summed on the device: a .item() per step would wait for it each time
         since, best, waited = 0, float("inf"), 0
         model.train()
-        for iteration in range(start, end):
-            epoch, step = divmod(iteration, self.steps_per_epoch)
+        done = start
+        while done < end:
+            epoch, step = divmod(done, self.steps_per_epoch)
             if order is None or step == 0:
-                order = self._order(seed, epoch).to(x.device)
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            if scheduled:
-                factor = self.rate(iteration)
-                for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = lr * factor
-            loss = self.loss(model(x[chosen]), y[chosen])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
-            since += 1
-            done = iteration + 1
+                order = self._order(seed, epoch).to(data["train"][0].device)
+            # As many steps as the runner takes at once, up to where something else is due.
+            due = min(end, (done // self.evaluate_every + 1) * self.evaluate_every, done + self.steps_per_epoch - step)
+            if keep is not None and done < keep:
+                due = min(due, keep)
+            steps = min(due - done, runner.longest)
+            factors = [self.rate(i) for i in range(done, done + steps)] if scheduled else [1.0] * steps
+            runner.run(order[step * self.batch_size : (step + steps) * self.batch_size], factors)
+            since += steps
+            done += steps
             if done == keep:
+                runner.store()
                 history.snapshot = _copy(model)
             if done % self.evaluate_every == 0 or done == end:
-                record, improved = self._record(model, data, done, total.item() / since, best, last=done == end)
+                record, improved = self._record(
+                    runner, model, data, done, runner.take_loss() / since, best, last=done == end
+                )
                 history.records.append(record)
-                total.zero_()
                 since = 0
                 if improved:
                     best, waited = record.validation_loss, 0
@@ -311,17 +328,17 @@ class Trainer:
                 if self.patience is not None and waited >= self.patience:
                     break
         if not history.records:  # nothing to train: what is there is still measured
-            history.records.append(self._record(model, data, end, None, best, last=True)[0])
+            history.records.append(self._record(runner, model, data, end, None, best, last=True)[0])
         return history
 
-    def _record(self, model, data, iteration, train_loss, best, last) -> tuple[Record, bool]:
+    def _record(self, runner, model, data, iteration, train_loss, best, last) -> tuple[Record, bool]:
         loss = accuracy = test = None
         improved = False
         if "validation" in data:
-            loss, accuracy = self._evaluate(model, *data["validation"])
+            loss, accuracy = runner.evaluate("validation") or self._evaluate(model, *data["validation"])
             improved = loss < best
         if "test" in data and (last or improved or self.evaluate_test == "always"):
-            test = self._evaluate(model, *data["test"])[1]
+            test = (runner.evaluate("test") or self._evaluate(model, *data["test"]))[1]
         return Record(iteration, train_loss, loss, accuracy, test), improved
 
     def _make_optimizer(self, model) -> torch.optim.Optimizer:
@@ -332,6 +349,43 @@ class Trainer:
         if not hasattr(made, "param_groups"):
             raise TypeError(f"optimizer: expected it to return a torch optimizer, got {type(made).__name__}")
         return made
+
+
+class _Modules:
+    """Runs minibatches through the model's modules, autograd and the optimizer."""
+
+    longest = 1  # steps in one call of `run`
+
+    def __init__(self, model, optimizer, train, loss):
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.x, self.y = train
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.masks_weights = getattr(optimizer, "masks_weights", False)
+        self.factor = 1.0
+        self.total = torch.zeros((), device=self.x.device)  # there: a .item() per step would wait for it each time
+
+    def run(self, chosen, factors):
+        if factors[0] != self.factor:
+            self.factor = factors[0]
+            for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = lr * self.factor
+        loss = self.loss(self.model(self.x[chosen]), self.y[chosen])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.total += loss.detach()
+
+    def take_loss(self):
+        """The sum of the losses since the last call."""
+        total = self.total.item()
+        self.total.zero_()
+        return total
+
+    def evaluate(self, part):
+        """Nothing of its own: the trainer evaluates the model."""
+
+    def store(self):
+        """The weights are where they belong at all times."""
 
 
 def _pair(name, pair, like=None) -> tuple[Tensor, Tensor]:

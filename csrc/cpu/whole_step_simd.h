@@ -1,5 +1,5 @@
-// Between mlp.cpp and mlp_simd.cpp (compiled once per instruction set). Plain structs only: see the note on _simd files
-// in setup.py. Activations lie as [feature][tile * width] floats.
+// Between whole_step.cpp and whole_step_simd.cpp (compiled once per instruction set). Plain structs only: see the note
+// on _simd files in setup.py. Activations lie as [feature][tile * width] floats.
 #pragma once
 #include <stdint.h>
 

@@ -1,6 +1,6 @@
 // The steps of a multilayer perceptron, layer by layer on one tile of batch after another; the loops are in
-// masked_linear_simd.cpp (sparse layers), mlp_simd.cpp (dense ones) and masked_optim_simd.cpp.
-#include "../mlp.h"
+// masked_linear_simd.cpp (sparse layers), whole_step_simd.cpp (dense ones) and masked_optim_simd.cpp.
+#include "../whole_step.h"
 
 #include <algorithm>
 #include <cmath>
@@ -13,8 +13,8 @@
 #include "../masked_optim.h"
 #include "isa.h"
 #include "masked_linear_simd.h"
-#include "mlp_simd.h"
 #include "sparse_order.h"
+#include "whole_step_simd.h"
 
 namespace sl::cpu {
 namespace {

@@ -1,6 +1,6 @@
 // The dense loops of a whole training step, compiled once per instruction set: matrices small enough for the caches,
 // times tiles of up to four vectors of batch, so that a tile's accumulators stay in registers.
-#include "mlp_simd.h"
+#include "whole_step_simd.h"
 
 #include "simd.h"
 
