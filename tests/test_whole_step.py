@@ -1,6 +1,7 @@
 """Training in C++ against training through the modules."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def data(n=300, features=37, classes=5, seed=0):
 
 def network(density=1.0, widths=(37, 50, 18, 5), bias=True, seed=0):
     torch.manual_seed(seed)
-    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b, bias), nn.ReLU())]
+    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b, bias), nn.ReLU())]
     model = nn.Sequential(nn.Flatten(), *layers[:-1])
     if density < 1:
         sl.sparsify(model)
@@ -61,7 +62,8 @@ def assert_alike(modules, whole):
         )  # one of 100 may sit on the fence
         assert a.test_accuracy == pytest.approx(b.test_accuracy, abs=0.012)
     for p, q in zip(ours.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+        # As a whole: where a gradient is nothing but rounding, Adam moves a single weight by the learning rate.
+        assert (p - q).norm() <= 2e-4 * q.norm() + 1e-6
 
 
 @pytest.mark.parametrize("density", [1.0, 0.7, 0.3, 0.03])
