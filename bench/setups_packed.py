@@ -23,7 +23,9 @@ def packed(case, seed):
         ours = lambda i: op.expand(values, words, (rows, columns))  # noqa: E731
         baselines = {
             "masked_scatter": lambda i: torch.zeros_like(dense).masked_scatter_(mask, values),
-            "int64 indices": lambda i: dense.new_zeros(rows * columns).index_copy_(0, places, values).view(rows, columns),
+            "int64 indices": lambda i: (
+                dense.new_zeros(rows * columns).index_copy_(0, places, values).view(rows, columns)
+            ),
         }
         expected = lambda: torch.where(mask, dense, 0)  # noqa: E731
         moved = rows * columns * (size + 1 / 8) + kept * size

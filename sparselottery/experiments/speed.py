@@ -13,6 +13,8 @@ from ..nn.compress import compress
 from ..nn.invariant import unmasked_gradients
 from ..tickets.result import Result
 from ..tickets.ticket import Ticket
+from ..training.trainer import Trainer
+from ..training.whole_step import WholeStep
 from .hparams import Training
 from .runs import Fit
 
@@ -33,10 +35,10 @@ def measure_speed(
 ) -> dict:
     """Dense time / ticket time of a training step and of inference.
 
-    Dense is a plain network with `torch.optim.Adam(fused=True)`; the ticket is the same network, masked, with
-    `sl.optim.Adam`, and for inference in the form that `sl.compress` finds fastest. Both take turns for `rounds` rounds of at
-    least `burst` seconds each, and medians are compared. Before that both must give the same outputs and, trained for a few
-    steps, the same losses.
+    Dense is a plain network with `torch.optim.Adam(fused=True)`. The ticket is the same network, masked: trained with Adam as
+    `sl.Trainer` does it (in C++ where that applies, else through its modules and `sl.optim.Adam`), and for inference in the
+    form that `sl.compress` finds fastest. Both take turns for `rounds` rounds of at least `burst` seconds each, and medians are
+    compared. Before that both must give the same outputs and, trained for a few steps, the same losses.
 
     Args:
         make_model: a new plain network that the ticket fits. batch: x [N, *], y int64 [N].
@@ -57,7 +59,7 @@ def measure_speed(
         dense, masked = make_model(), ticket.apply(make_model())
         training = {
             "dense": _step(dense, torch.optim.Adam(dense.parameters(), lr=lr, fused=True), x, y),
-            "ticket": _step(masked, optim.Adam(masked.parameters(), lr=lr), x, y),
+            "ticket": _compiled_step(masked, x, y, lr) or _step(masked, optim.Adam(masked.parameters(), lr=lr), x, y),
         }
         train_us = _interleaved(training, rounds, burst)
         answers = {"dense": _answer(dense.eval(), x), "ticket": _answer(compress(masked, x), x)}
@@ -104,6 +106,21 @@ def _step(model, optimizer, x, y) -> Callable[[], Tensor]:
     return step
 
 
+def _compiled_step(model, x, y, lr) -> Callable[[], float] | None:
+    """A step in C++ that returns its loss, None where `sl.Trainer` would go through the modules. The model stays as it is."""
+    trainer = Trainer((x, y), batch_size=len(x), lr=lr)
+    if trainer.why_not_whole_step(model) is not None:
+        return None
+    whole = WholeStep(model, optim.Adam(model.parameters(), lr=lr), trainer.data)
+    order = torch.arange(len(x))
+
+    def step():
+        whole.run(order, [1.0])
+        return whole.take_loss()
+
+    return step
+
+
 def _answer(model, x) -> Callable[[], Tensor]:
     def answer():
         with torch.inference_mode():
@@ -146,6 +163,7 @@ def _check_parity(ticket, make_model, x, y, lr) -> None:
             f"the ticket's outputs differ from the dense network's with the same weights by {difference:.3g}"
         )
 
+    compiled = _compiled_step(masked, x, y, lr)
     ours = optim.Adam(masked.parameters(), lr=lr)
     theirs = torch.optim.Adam(plain.parameters(), lr=lr)
     for step in range(PARITY_STEPS):
@@ -159,7 +177,7 @@ def _check_parity(ticket, make_model, x, y, lr) -> None:
                     plain.get_submodule(name).weight.grad.mul_(mask)
             optimizer.step()
             losses.append(loss.item())
-        if not abs(losses[0] - losses[1]) <= LOSS_TOLERANCE * abs(losses[1]):
-            raise RuntimeError(
-                f"training the ticket gives loss {losses[0]} at step {step}, the dense network {losses[1]}"
-            )
+        *tickets, dense = ([compiled()] if compiled else []) + losses
+        for loss in tickets:
+            if not abs(loss - dense) <= LOSS_TOLERANCE * abs(dense):
+                raise RuntimeError(f"training the ticket gives loss {loss} at step {step}, the dense network {dense}")
