@@ -63,8 +63,8 @@ export PYTHON OUT root scratch
 stage build 150 gpu-build.txt env SPARSELOTTERY_CUDA=1 SPARSELOTTERY_CUDA_ARCHS="$arch" \
   "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation --target "$scratch/site" "$root"
 cd "$scratch" || exit 1 # so that the package is not taken from the source tree
-stage env 60 gpu-env.txt "$PYTHON" -c 'from sparselottery import _ext; print(_ext.format_env(_ext.env_report()))'
-stage tests 120 gpu-tests.txt "$PYTHON" -m pytest -q -p no:cacheprovider "$root/tests/gpu"
+stage env 30 gpu-env.txt "$PYTHON" -c 'from sparselottery import _ext; print(_ext.format_env(_ext.env_report()))'
+stage tests 150 gpu-tests.txt "$PYTHON" -m pytest -q -p no:cacheprovider "$root/tests/gpu"
 stage sanitizer 80 gpu-sanitizer.txt env PYTORCH_NO_CUDA_MEMORY_CACHING=1 bash -c sanitize
 left=$((450 - SECONDS))
 stage bench $left gpu-bench.txt "$PYTHON" "$root/bench/run.py" --device cuda --full --repeats 2 --limit $((left - 30)) \

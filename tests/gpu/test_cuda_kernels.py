@@ -197,3 +197,20 @@ def test_select_in_a_cuda_graph():
     tensors[0][3, 4] = math.nan
     graph.replay()
     assert chosen.nan_tensor.item() == 0
+
+
+def test_more_weights_than_32_bits_count(backend):
+    """Survivors sit where an index of 32 bits would wrap: before and after 2^31, and at the end."""
+    rows, columns = 2**15 + 3, 2**16 + 5
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * rows * columns:
+        pytest.skip("needs 13 GB of free GPU memory")
+    weights = torch.zeros(rows, columns, dtype=torch.bfloat16, device="cuda")
+    places = torch.tensor([0, 2**31 - 1, 2**31, 2**31 + 2**20 + 7, rows * columns - 1], device="cuda")
+    weights.view(-1)[places] = torch.tensor([3.0, -1.0, 2.0, 5.0, 4.0], dtype=torch.bfloat16, device="cuda")
+    for keep, threshold in ((5, 1.0), (3, 3.0)):
+        (mask,), got = global_topk.global_topk([weights], keep)
+        kept = bitmask.unpack(mask.words, weights.shape).view(-1).nonzero().flatten()
+        want = places[weights.view(-1)[places].abs() >= threshold]
+        assert got == threshold and torch.equal(kept, want) and bitmask.count(mask.words) == keep
+    bitmask.apply_(weights.fill_(1.0), mask.words)
+    assert torch.equal(weights.view(-1).nonzero().flatten(), kept)
