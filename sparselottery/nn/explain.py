@@ -12,7 +12,7 @@ from . import semi_structured
 from .convert import left_dense
 from .decode import DecodeLinear
 from .invariant import MaskedWeight
-from .linear import MaskedConv1D, MaskedLinear
+from .linear import MaskedConv1D
 from .packed import PackedWeight
 from .semi_structured import SemiStructuredLinear
 
@@ -137,7 +137,7 @@ def _decode_row(name, layer):
 
 
 def _masked_row(name, layer, measured):
-    conv, shape = isinstance(layer, nn.Conv2d), tuple(layer.weight.shape)
+    conv, transposed, shape = isinstance(layer, nn.Conv2d), isinstance(layer, MaskedConv1D), tuple(layer.weight.shape)
     arguments = (name, type(layer).__name__, shape, layer.density)
     if layer.density == 1:
         return LayerRow(*arguments, "dense", "nothing is pruned")
@@ -146,10 +146,11 @@ def _masked_row(name, layer, measured):
         refused = semi_structured.why_not(layer)
         note = f"2:4, no semi-structured form: {refused}" if refused else "2:4: compress tries the semi-structured form"
     block = None
-    if isinstance(layer, MaskedLinear):
-        block = block_linear.blocks_for(layer.weight, layer.weight_mask, shape)
+    if not conv:
+        words = layer._words_by_output(cached=layer._premasked()) if transposed else layer.weight_mask
+        block = block_linear.blocks_for(layer.weight, words, shape[::-1] if transposed else shape)
     op = "masked_conv2d" if conv else "masked_linear" if block is None else block_linear.OP
-    seen = shape[::-1] if isinstance(layer, MaskedConv1D) else shape
+    seen = shape[::-1] if transposed else shape
     bucket = dispatch.bucket_density(dispatch.density_bucket(layer.density))
     threads = torch.get_num_threads()
     dtype = str(layer.weight.dtype).removeprefix("torch.")

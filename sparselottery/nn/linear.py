@@ -10,7 +10,30 @@ from ..ops.masked_linear import masked_linear, runs_dense
 from .invariant import MaskedWeight
 
 
-class MaskedLinear(MaskedWeight, nn.Linear):
+class _ByBlocks:
+    """Sends a layer whose mask is made of blocks to `block_linear`. Weights and words are given as `[out, in]`."""
+
+    _block: tuple[int, int] | None = None  # of the mask, where the last eager forward found kernels for it
+
+    def _find_block(self, input, words, shape):
+        if isinstance(input, Tensor):  # else the op says what is wrong
+            block = block_linear.blocks_for(input, words, shape)
+            if block != self._block:
+                self.__dict__["_block"] = block
+
+    def _runs_dense(self, input, weight, words, wanted):
+        if self._block is None:
+            return runs_dense(input, weight, words, wanted)
+        return block_linear.runs_dense(input, weight, words, self._block, wanted)
+
+    def _masked(self, input, weight, words, premasked):
+        # Compiled code can't ask what blocks the mask has: it goes by what the last eager forward found.
+        if self._block is None:
+            return masked_linear(input, weight, words, self.bias, premasked=premasked)
+        return block_linear.block_linear(input, weight, words, self.bias, block=self._block, premasked=premasked)
+
+
+class MaskedLinear(_ByBlocks, MaskedWeight, nn.Linear):
     """y = x (W∘M)ᵀ + b: an `nn.Linear` whose weight is masked by bits and is exactly zero wherever the mask is.
 
     Args:
@@ -24,7 +47,6 @@ class MaskedLinear(MaskedWeight, nn.Linear):
     """
 
     _transient = (*MaskedWeight._transient, "_block")
-    _block: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -44,34 +66,22 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         if premasked:
             if self._nothing_pruned():
                 return super().forward(input)
-            if not isinstance(input, Tensor):
-                block = None  # the op says what is wrong
-            else:
-                block = block_linear.blocks_for(input, self.weight_mask, self.weight.shape)
-            if self._block != block:
-                self.__dict__["_block"] = block
-            if self._goes_to_library(input, lambda wanted: self._runs_dense(input, block, wanted)):
+            self._find_block(input, self.weight_mask, self.weight.shape)
+            if self._goes_to_library(
+                input, lambda wanted: self._runs_dense(input, self.weight, self.weight_mask, wanted)
+            ):
                 return F.linear(input, self._weight_for_library(), self.bias)
-        # Compiled code can't ask what blocks the mask has: it goes by what the last eager forward found.
-        if self._block is not None:
-            arguments = input, self.weight, self.weight_mask, self.bias
-            return block_linear.block_linear(*arguments, block=self._block, premasked=premasked)
-        return masked_linear(input, self.weight, self.weight_mask, self.bias, premasked=premasked)
-
-    def _runs_dense(self, input, block, wanted):
-        if block is None:
-            return runs_dense(input, self.weight, self.weight_mask, wanted)
-        return block_linear.runs_dense(input, self.weight, self.weight_mask, block, wanted)
+        return self._masked(input, self.weight, self.weight_mask, premasked)
 
 
-class MaskedConv1D(MaskedWeight):
+class MaskedConv1D(_ByBlocks, MaskedWeight):
     """y = x (W∘M) + b with a weight `[in, out]`: put before transformers' `Conv1D` (GPT-2's projections) by `sparsify`.
 
     The mask has the layout of the weight. The kernels want rows of outputs, so a transposed copy of the bits is kept
     too.
     """
 
-    _transient = (*MaskedWeight._transient, "_transposed", "_transposed_of")
+    _transient = (*MaskedWeight._transient, "_block", "_transposed", "_transposed_of")
     _transposed: Tensor | None = None
     _transposed_of: tuple | None = None
 
@@ -80,9 +90,11 @@ class MaskedConv1D(MaskedWeight):
         if premasked and self._nothing_pruned():
             return super().forward(x)
         words = self._words_by_output(cached=premasked)
-        if premasked and self._goes_to_library(x, lambda wanted: runs_dense(x, self.weight.t(), words, wanted)):
-            return F.linear(x, self._weight_for_library().t(), self.bias)
-        return masked_linear(x, self.weight.t(), words, self.bias, premasked=premasked)
+        if premasked:
+            self._find_block(x, words, self.weight.shape[::-1])
+            if self._goes_to_library(x, lambda wanted: self._runs_dense(x, self.weight.t(), words, wanted)):
+                return F.linear(x, self._weight_for_library().t(), self.bias)
+        return self._masked(x, self.weight.t(), words, premasked)
 
     def _words_by_output(self, cached: bool) -> Tensor:
         """int32 words of the mask transposed, `[out, ceil(in / 32)]`."""

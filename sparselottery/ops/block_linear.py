@@ -20,6 +20,7 @@ from .library import LIBRARY, check_tensors, is_plain, transformed
 OP = "block_linear"
 SIDES = (128, 64, 32, 16)
 
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton asks once, too
 _DENSEST = 0.75  # of the weight's area in strips of 64 rows: above, nothing is left to gain
 _FRAYED = 1.1  # how much more area blocks of some size may cover than the smallest do, and still be the mask's blocks
 
@@ -136,7 +137,7 @@ def _triton_backward(grad, x, weight, words, block, premasked, output_mask):
 
 def _goes_elsewhere(t):
     """A CPU has no kernel for blocks; Triton's interpreter is for tests: it runs when it is asked for."""
-    return not t.is_cuda and not (os.environ.get("TRITON_INTERPRET") == "1" and dispatch.forced() == "triton")
+    return not t.is_cuda and not (_INTERPRETED and dispatch.forced() == "triton")
 
 
 def _key(direction, t, weight, words, block, *extra):

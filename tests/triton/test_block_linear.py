@@ -204,6 +204,31 @@ def test_a_layer_with_blocks_runs_on_them(monkeypatch, side):
     assert (got[1][~keep] == 0).all()
 
 
+def test_transposed_layers_of_transformers(monkeypatch):
+    class Conv1D(torch.nn.Module):
+        """As transformers has it."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(256, 200, generator=torch.Generator().manual_seed(0)))
+            self.bias = torch.nn.Parameter(torch.zeros(200))
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    Conv1D.__module__ = "transformers.pytorch_utils"
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", "triton")
+    _, x, ran = block_layer(monkeypatch)
+    model = sl.sparsify(torch.nn.Sequential(Conv1D()))
+    keep = blocks_of((256, 200), (64, 64), torch.eye(4, dtype=torch.bool))
+    model[0].set_mask(keep)
+    got = torch.autograd.grad(model(x).square().sum(), (x, model[0].weight))
+    assert ran == ["forward", "backward_input", "backward_weight"]
+    want = torch.autograd.grad((x @ (model[0].weight * keep)).square().sum(), (x, model[0].weight))
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 def test_a_weight_that_is_not_masked_is_masked_first(monkeypatch):
     monkeypatch.setenv("SPARSELOTTERY_BACKEND", "triton")
     x, w, b, dy, keep, words = sample(20, 200, 140, (64, 64))
