@@ -66,7 +66,7 @@ def test_unknown_names():
         reproduce.reproduce("lenet", "huge")
 
 
-@pytest.mark.skipif("SPARSELOTTERY_DATA" not in os.environ, reason="SPARSELOTTERY_DATA is not set: no MNIST")
+@pytest.mark.skipif(not os.environ.get("SPARSELOTTERY_DATA"), reason="SPARSELOTTERY_DATA is not set: no MNIST")
 def test_lenet_smoke_on_mnist(tmp_path, capsys):
     root = os.environ["SPARSELOTTERY_DATA"]
     arguments = [
