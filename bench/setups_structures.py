@@ -81,13 +81,7 @@ def _n_of_m(case, seed):
         with torch.no_grad():
             layer.weight.copy_(weight), layer.bias.copy_(bias)
         layers.append(layer)
-    # The forms of all sets are the one that is fastest for the first: a user has one layer.
-    compressed = [sl.compress(layers[0], sets[0][0])]
-    for layer in layers[1:]:
-        if isinstance(compressed[0], semi_structured.SemiStructuredLinear):
-            compressed.append(semi_structured.compress_(sl.densify(layer)))
-        else:
-            compressed.append(layer if isinstance(compressed[0], sl.MaskedLinear) else sl.densify(layer))
+    compressed = [sl.compress(layer, x) for layer, (x, _, _) in zip(layers, sets, strict=True)]
     places = {id(weight): i for i, (_, weight, _) in enumerate(sets)}
 
     def ours(x, weight, bias):
