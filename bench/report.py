@@ -154,11 +154,11 @@ def main(argv=None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.readme:
-            names = ("op", "case", "density", "time", "over dense", "over others")
+            names = ("op", "case", "density", "backend", "time", "over dense", "over others")
             tables = []
             for path in arguments.csv:
                 rows = read(path)
-                cells = columns(summarize(rows, backends=("auto",)))
+                cells = columns(summarize(rows, backends=("auto", "Trainer")))
                 tables.append(f"Measured on: {machine(rows)}.\n\n{markdown(cells, names)}")
             rewrite(Path(__file__).resolve().parents[1] / "README.md", "\n\n".join(tables))
             return 0

@@ -426,7 +426,10 @@ def optim(case, seed) -> Work:
 
 
 def step(case, seed) -> Work:
-    """A whole training step (forward, loss, backward, Adam) of an MLP against the same one dense and prune-style."""
+    """A whole training step (forward, loss, backward, Adam) of an MLP against the same one dense and prune-style.
+
+    "auto" is a plain loop with masked layers and sl.optim; "Trainer" takes its steps as sl.Trainer does, in C++.
+    """
     import sparselottery as sl
 
     generator = _generator(case, seed)
@@ -472,15 +475,39 @@ def step(case, seed) -> Work:
 
         return model, run
 
+    def in_cpp():
+        from sparselottery.training.whole_step import WholeStep
+
+        model, _ = trainer("ours")
+        whole = WholeStep(model, sl.optim.Adam(model.parameters(), lr=lr), {"train": (x, labels)})
+        order = torch.arange(case.batch)
+
+        def run(i):
+            whole.run(order, [1.0])
+            return torch.tensor(whole.take_loss())
+
+        return model, run, whole
+
+    def after_steps_in_cpp():
+        model, run, whole = in_cpp()
+        losses = torch.stack([run(i) for i in range(steps)])
+        whole.store()
+        return [losses, dead(model)]
+
+    def dead(model):
+        sums = [module.weight.detach()[~mask].abs().sum() for module, mask in zip(model[::2], masks, strict=True)]
+        return torch.stack(sums)
+
     def after_steps(*arguments, **options):
         """Losses of the first steps, and the largest weight that should be zero."""
         model, run = trainer(*arguments, **options)
         losses = torch.stack([run(i).detach() for i in range(steps)])
         model(x.to(losses.dtype))  # prune-style weights are computed by the forward pass
-        dead = [module.weight.detach()[~mask].abs().sum() for module, mask in zip(model[::2], masks, strict=True)]
-        return [losses, torch.stack(dead)]
+        return [losses, dead(model)]
 
     candidates = _ours(case, trainer("ours")[1], lambda: after_steps("ours"), _kernels(case))
+    if case.device == "cpu":
+        candidates["Trainer"] = Candidate(in_cpp()[1], after_steps_in_cpp, None, True)
     candidates["dense, Adam"] = Candidate(trainer("dense")[1])
     candidates["dense, Adam(fused)"] = Candidate(trainer("dense", fused=True)[1])
     pruned = Candidate(trainer("prune", fused=True)[1], lambda: after_steps("prune", fused=True))
