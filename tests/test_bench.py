@@ -249,7 +249,7 @@ def test_report_tables_and_readme(tmp_path, monkeypatch, capsys):
         assert report.main([str(path), "--readme"]) == 0
         text = readme.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-        assert "| linear | 4x4 batch 2 forward | 0.1 | 11 us | 2.00x | 100x prune-style |" in text
+        assert "| linear | 4x4 batch 2 forward | 0.1 | auto | 11 us | 2.00x | 100x prune-style |" in text
         assert text.count(report.BEGIN) == text.count("Machine (avx2), 1 thread") == 1
     readme.write_text("no markers\n")
     assert report.main([str(path), "--readme"]) == 2
