@@ -19,6 +19,7 @@
 #include "masked_linear.h"
 #include "masked_optim.h"
 #include "packed.h"
+#include "sparse_linear.h"
 #include "whole_step.h"
 
 namespace py = pybind11;
@@ -333,6 +334,21 @@ PYBIND11_MODULE(_C, m) {
                                  uintptr_t values, int64_t count, uintptr_t stream) {
     sl::cuda::packed_gather(as<const void>(dense), item_size, as<const uint32_t>(words), as<const int64_t>(offsets),
                             sizes.size(), sizes.data(), strides.data(), as<void>(values), count, as<void>(stream));
+  });
+#endif
+
+  // sparse_linear
+#ifdef SPARSELOTTERY_CUDA
+  m.def("cuda_sparse_linear_fill",
+        [](uintptr_t weight, uintptr_t places, int64_t count, uintptr_t entries, uintptr_t stream) {
+          sl::cuda::sparse_linear_fill(as<const float>(weight), as<const int64_t>(places), count,
+                                       as<sl::cuda::SparseEntry>(entries), as<void>(stream));
+        });
+  m.def("cuda_sparse_linear_product", [](uintptr_t entries, uintptr_t starts, uintptr_t x, uintptr_t bias, int64_t rows,
+                                         int64_t columns, int64_t batch, uintptr_t target, uintptr_t stream) {
+    sl::cuda::sparse_linear_product(as<const sl::cuda::SparseEntry>(entries), as<const int32_t>(starts),
+                                    as<const float>(x), as<const float>(bias), rows, columns, batch, as<float>(target),
+                                    as<void>(stream));
   });
 #endif
 }

@@ -9,8 +9,9 @@ parameter is then the master, rounded, after every step. A parameter that somebo
 
 CUDA graphs: Adam and AdamW with `capturable=True`, and SGD, can be captured together with the forward and backward pass,
 after at least one step outside of the graph. A learning rate that is a tensor on the device is read at each replay; a number
-is fixed by the capture. Between replays masks may be changed by `set_mask` or `prune`: they are read at each replay; the state
-of weights that they prune is zeroed by the next step outside of a graph.
+is fixed by the capture. Between replays `prune` and `set_mask` may prune more: masks are read at each replay; the state of what
+they prune is zeroed by the next step outside of a graph. Weights that come back need a new capture, for a sparse layer's
+kernel may go by what survived when it was captured.
 """
 
 import itertools

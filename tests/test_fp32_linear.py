@@ -138,5 +138,5 @@ def test_decisions_with_and_without_it_are_kept_apart(monkeypatch):
     monkeypatch.setattr(fp32_linear, "takes", lambda t: True)
     key = op._key("forward", x, weight, words)
     assert key[-1] == "bf16x6"
-    calls = [lambda name=name: name for name in ("dense", "cpu", "triton", "reference", "bf16x6")]
-    assert op._candidates(x, *calls)["bf16x6"]() == "bf16x6"
+    calls = [lambda name=name: name for name in ("dense", "cpu", "triton", "reference", "bf16x6", "cuda")]
+    assert op._candidates(x, 1.0, *calls)["bf16x6"]() == "bf16x6"

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _KEPT = WeakTensorKeyDictionary()  # words -> (their version, what was computed from that version)
+_CAPTURED: dict[int, dict] = {}  # by id: what a CUDA graph reads at each replay lives on, whatever becomes of the mask
 
 
 def of(words: Tensor) -> dict:
@@ -19,6 +20,8 @@ def of(words: Tensor) -> dict:
     if version != words._version:
         kept = {}
         _KEPT[words] = (words._version, kept)
+    if words.is_cuda and torch.cuda.is_current_stream_capturing():
+        _CAPTURED[id(kept)] = kept
     return kept
 
 

@@ -2,7 +2,7 @@
 
 Source: the subnetwork f(x; m∘θ) of Frankle & Carbin 2019, section 1. Backends: reference; dense (the library's matmul, the
 mask applied to dW in place); cpu (csrc/cpu/masked_linear.cpp, float32, unstructured sparse); triton; bf16x6 (fp32_linear.py,
-where it is allowed). `dispatch` chooses.
+where it is allowed); cuda (sparse_linear.py, float32 of high sparsity). `dispatch` chooses.
 
 A weight off the mask counts as +0 whatever it holds, NaN and inf too. Where x or dY holds inf or NaN, a sparse backend
 leaves out the products with dead weights that a dense one turns into NaN.
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _ext
-from . import bitmask, dispatch, fp32_linear, reference
+from . import bitmask, dispatch, fp32_linear, reference, sparse_linear
 from .library import LIBRARY, check_tensors, is_plain, transformed
 
 OP = "masked_linear"
@@ -75,6 +75,12 @@ def _emulated_backward(grad, x, weight, words, premasked, output_mask):
         bitmask.zero_dead_(dw, words)
     db = _rows(grad).sum(0) if output_mask[2] else None
     return tuple(_none(grad) if g is None else g for g in (dx, dw, db))
+
+
+def _sparse_backward(grad, x, weight, words, output_mask):
+    rest = _dense_backward(grad, x, weight, words, True, (False, *output_mask[1:]))
+    dx = sparse_linear.backward_input(grad, weight, words) if output_mask[0] else _none(grad)
+    return dx, *rest[1:]
 
 
 # ---- cpu: an index of the survivors per mask ----
@@ -286,9 +292,11 @@ def _key(direction, t, weight, words, *extra):
     return (direction, shape, dtype, index.bucket, batch, torch.get_num_threads(), t.device.type, *extra)
 
 
-def _candidates(t, dense, cpu, triton, plain, emulated):
-    """name -> call, of those that these tensors allow."""
+def _candidates(t, density, dense, cpu, triton, plain, emulated, cuda):
+    """name -> call, of those that these tensors allow; density: a number, or None: whatever it is."""
     candidates = {"dense": dense, "reference": plain}
+    if sparse_linear.takes(t, density or 0.0):
+        candidates["cuda"] = cuda
     if fp32_linear.takes(t):
         candidates[fp32_linear.NAME] = emulated
     if t.dtype is torch.float32 and t.is_cpu and _ext.WHY_NOT is None:
@@ -359,11 +367,13 @@ def _forward(x, weight, words, bias, premasked):
         return _cpu(x, weight, words, bias)
     candidates = _candidates(
         x,
+        key and dispatch.bucket_density(key[3]),
         lambda: _dense(x, weight, words, bias, premasked),
         lambda: _cpu(x, weight, words, bias),
         lambda: _triton().forward(_rows(x), weight, words, bias).view(*x.shape[:-1], weight.shape[0]),
         lambda: reference.masked_linear(x, weight, words, bias),
         lambda: fp32_linear.forward(x, _masked(weight, words, premasked), bias),
+        lambda: sparse_linear.forward(x, weight, words, bias),
     )
     return candidates[name or _choose("forward", key, candidates)]()
 
@@ -379,11 +389,13 @@ def _backward(grad, x, weight, words, premasked, output_mask, watched=False):
         return _cpu_backward(grad, x, weight, words, output_mask, watched)
     candidates = _candidates(
         grad,
+        key and dispatch.bucket_density(key[3]),
         lambda: _dense_backward(grad, x, weight, words, premasked, output_mask),
         lambda: _cpu_backward(grad, x, weight, words, output_mask, watched),
         lambda: _triton_backward(grad, x, weight, words, output_mask),
         lambda: _reference_backward(grad, x, weight, words, output_mask),
         lambda: _emulated_backward(grad, x, weight, words, premasked, output_mask),
+        lambda: _sparse_backward(grad, x, weight, words, output_mask),
     )
     return candidates[name or _choose("backward", key, candidates)]()
 
