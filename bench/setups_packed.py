@@ -10,6 +10,7 @@ def packed(case, seed):
     from sparselottery.ops import packed as op
     from sparselottery.ops import reference
     from sparselottery.ops.masked_linear import masked_linear
+    from sparselottery.ops.packed_layers import packed_linear
 
     what, rows, columns = case.sizes
     generator, dtype = setups._generator(case, seed), getattr(torch, case.dtype)
@@ -43,7 +44,7 @@ def packed(case, seed):
             return (y.detach(), *torch.autograd.grad(y, inputs, grad))
 
         def ours(i):
-            return both(op.packed_linear(x, packed_values, words, None, (rows, columns)), x, packed_values)
+            return both(packed_linear(x, packed_values, words, None, (rows, columns)), x, packed_values)
 
         def packed_dw(result):
             y, dx, dw = result

@@ -226,10 +226,11 @@ PYBIND11_MODULE(_C, m) {
   using sl::cpu::MaskedLinearPlan;
   using sl::cpu::Mlp;
   py::class_<MaskedLinearPlan>(m, "CpuMaskedLinearPlan")
-      .def(py::init([](uintptr_t words, int64_t rows, int64_t columns) {
-        py::gil_scoped_release release;
-        return std::make_unique<MaskedLinearPlan>(as<const uint32_t>(words), rows, columns);
-      }))
+      .def(py::init([](uintptr_t words, int64_t rows, int64_t columns, bool packed) {
+             py::gil_scoped_release release;
+             return std::make_unique<MaskedLinearPlan>(as<const uint32_t>(words), rows, columns, packed);
+           }),
+           py::arg("words"), py::arg("rows"), py::arg("columns"), py::arg("packed") = false)
       .def("count", &MaskedLinearPlan::count)
       .def("use",
            [](MaskedLinearPlan& plan, uintptr_t words, uintptr_t weight, int64_t version, bool same) {

@@ -11,8 +11,9 @@ namespace sl::cpu {
 // on one plan run one after the other (a lock); each uses the threads that torch.set_num_threads allows.
 class MaskedLinearPlan {
  public:
-  // words: [rows, words_per_row(columns)]. Throws std::invalid_argument from 2^32 weights on.
-  MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t columns);
+  // words: [rows, words_per_row(columns)]. packed: weights and their gradients are vectors [count] of the survivors,
+  // row by row, in all that follows. Throws std::invalid_argument from 2^32 weights on.
+  MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t columns, bool packed = false);
   ~MaskedLinearPlan();
 
   int64_t count() const;

@@ -17,6 +17,13 @@ from transformers.pytorch_utils import Conv1D
 import sparselottery as sl
 from sparselottery.nn import MaskedConv1D, PackedConv1D, masked_modules
 from sparselottery.nn.packed import PackedWeight
+from sparselottery.ops import dispatch
+
+
+@pytest.fixture(autouse=True)
+def without_a_stopwatch(monkeypatch):
+    """Masked and packed layers sum in the same order; the sparse kernels have tests of their own."""
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", "dense")
 
 
 def network(seed=0, density=0.3):
@@ -367,6 +374,23 @@ def test_the_rest_of_the_package_knows_them():
     torch.testing.assert_close(plain(x), masked(x))
     sl.sparsify(packed)  # nothing to do
     assert len(packed_layers(packed)) == 3
+
+
+def test_explain_shows_what_was_measured(monkeypatch, tmp_path):
+    monkeypatch.delenv("SPARSELOTTERY_BACKEND")
+    monkeypatch.setenv("SPARSELOTTERY_CACHE", str(tmp_path))
+    model = nn.Sequential(nn.Linear(200, 150))
+    sl.prune(model, density=0.02)
+    sl.pack(model)
+    dispatch.clear()
+    try:
+        model(torch.randn(64, 200)).sum().backward()
+        (row,) = sl.explain(model).rows
+    finally:
+        dispatch.clear()
+    assert [m["direction"] for m in row.measurements] == ["forward", "backward"]
+    assert all({"dense", "cpu"} <= set(m["us"]) for m in row.measurements)
+    assert "expanded" not in row.note and row.backend != "undecided"
 
 
 def test_only_some_layers():

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from sparselottery import _ext
-from sparselottery.ops import packed, reference
+from sparselottery.ops import packed, packed_layers, reference
+from sparselottery.ops.packed_layers import packed_conv2d, packed_linear
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [(0,), (1,), (31,), (1000,), (5, 33), (7, 64), (3, 1), (64, 3, 3, 3), (0, 4), (4, 0), (2, 140_000), (900, 700)]
@@ -110,18 +111,96 @@ def test_a_count_that_does_not_fit_is_an_error():
         (lambda v, d, w: packed.gather(3, w), TypeError, "dense: expected a tensor, got int"),
         (lambda v, d, w: packed.gather(d.long(), w), TypeError, "dense: expected float32"),
         (lambda v, d, w: packed.gather(d[:3], w), ValueError, r"words: expected int32 \[3, 2\]"),
-        (lambda v, d, w: packed.packed_linear(d[:, 1:], v, w, None, (9, 40)), ValueError, r"x: expected \[\*, 40\]"),
-        (lambda v, d, w: packed.packed_linear(d, v, w, None, (9,)), ValueError, "shape: expected 2 sizes"),
-        (lambda v, d, w: packed.packed_linear(d.double(), v, w, None, (9, 40)), TypeError, "values: expected torch.float64"),
-        (lambda v, d, w: packed.packed_linear(d, v, w, d[0], (9, 40)), ValueError, r"bias: expected \[9\]"),
-        (lambda v, d, w: packed.packed_linear([1], v, w, None, (9, 40)), TypeError, "x: expected a tensor"),
-        (lambda v, d, w: packed.packed_conv2d(d, v, w, None, (9, 10, 2, 2)), ValueError, r"x: expected \[N, 10, H, W\]"),
+        (lambda v, d, w: packed_linear(d[:, 1:], v, w, None, (9, 40)), ValueError, r"x: expected \[\*, 40\]"),
+        (lambda v, d, w: packed_linear(d, v, w, None, (9,)), ValueError, "shape: expected 2 sizes"),
+        (lambda v, d, w: packed_linear(d.double(), v, w, None, (9, 40)), TypeError, "values: expected torch.float64"),
+        (lambda v, d, w: packed_linear(d, v, w, d[0], (9, 40)), ValueError, r"bias: expected \[9\]"),
+        (lambda v, d, w: packed_linear([1], v, w, None, (9, 40)), TypeError, "x: expected a tensor"),
+        (lambda v, d, w: packed_conv2d(d, v, w, None, (9, 10, 2, 2)), ValueError, r"x: expected \[N, 10, H, W\]"),
     ],
 )  # fmt: skip
 def test_bad_input(call, error, says):
     dense, keep, words = sample((9, 40))
     with pytest.raises(error, match=says):
         call(dense[keep], dense, words)
+
+
+# ---- the sparse kernels on a CPU ----
+
+
+@pytest.fixture
+def sparse(monkeypatch):
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", "cpu")
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "batch, inputs, outputs",
+    [(1, 64, 32), (1, 70_000, 3), (5, 7, 3), (8, 33, 65), (40, 300, 100), (3, 1200, 1100), (4, 1, 1)],
+)
+def test_sparse_kernels_match_float64(isa, sparse, batch, inputs, outputs, density):
+    dense, keep, words = sample((outputs, inputs), density, seed=batch)
+    g = torch.Generator().manual_seed(7)
+    arguments = [torch.randn(batch, inputs, generator=g), dense[keep], torch.randn(outputs, generator=g)]
+    grad = torch.randn(batch, outputs, generator=g)
+    for wanted in ((True, True, True), (False, True, False), (True, False, True)):
+        x, values, bias = (t.clone().requires_grad_(w) for t, w in zip(arguments, wanted, strict=True))
+        y = packed_linear(x, values, words, bias, (outputs, inputs))
+        weight = torch.where(keep, dense, 0).double().requires_grad_()
+        wide = [x.detach().double().requires_grad_(), weight, bias.detach().double().requires_grad_()]
+        want = F.linear(*wide)
+        y.backward(grad)
+        want.backward(grad.double())
+        results = [(y, want), (x.grad, wide[0].grad), (values.grad, weight.grad[keep]), (bias.grad, wide[2].grad)]
+        for got, expected in results:
+            if got is not None:
+                assert got.shape == expected.shape
+                assert (got.double() - expected).norm() <= 1e-5 * (1 + expected.norm())
+        assert [t.grad is not None for t in (x, values, bias)] == list(wanted)
+
+
+def test_sparse_kernels_see_every_change(sparse):
+    """Of the values, in place and behind autograd's back, and of the mask."""
+    dense, keep, words = sample((60, 80))
+    values, x = dense[keep], torch.randn(4, 80)
+
+    def check():
+        torch.testing.assert_close(packed_linear(x, values, words, None, (60, 80)), x @ torch.where(keep, dense, 0).t())
+
+    check()
+    for change in (values.mul_, values.data.mul_):
+        change(2)
+        dense *= 2
+        check()
+    values, dense = values + 1, dense + 1
+    check()
+    keep = keep.flip(0)
+    words.copy_(reference.bitmask_pack(keep))
+    values = dense[keep]
+    check()
+    with torch.inference_mode():
+        check()
+    with pytest.raises(ValueError, match=f"the mask keeps {values.numel()} weights, got 3 values"):
+        packed_linear(x, values[:3], words, None, (60, 80))
+
+
+def test_dispatch_chooses_by_measurement(monkeypatch):
+    dense, keep, words = sample((100, 100), 0.02)
+    x, values = torch.randn(32, 100, requires_grad=True), dense[keep].requires_grad_()
+    asked = []
+
+    def choose(op, key, candidates, *, rule):
+        asked.append((op, key[0], sorted(candidates), rule()))
+        return "cpu"
+
+    monkeypatch.delenv("SPARSELOTTERY_BACKEND", raising=False)
+    monkeypatch.setattr(packed_layers.dispatch, "lookup", lambda op, key: None)
+    monkeypatch.setattr(packed_layers.dispatch, "choose", choose)
+    y = packed_linear(x, values, words, None, (100, 100))
+    y.sum().backward()
+    names = ["cpu", "dense", "reference"]
+    assert [a[:3] for a in asked] == [("packed_linear", d, names) for d in ("forward", "backward")]
+    torch.testing.assert_close(y, F.linear(x, torch.where(keep, dense, 0)))
 
 
 # ---- as ops ----
@@ -157,7 +236,7 @@ def test_gradients_of_linear(transposed):
     values = dense[keep].requires_grad_()
 
     def f(x, values, b):
-        return packed.packed_linear(x, values, words, b, shape, transposed=transposed)
+        return packed_linear(x, values, words, b, shape, transposed=transposed)
 
     plain = torch.where(keep, dense, 0)
     torch.testing.assert_close(f(x, values, b), F.linear(x, plain.t() if transposed else plain, b))
@@ -177,7 +256,7 @@ def test_gradients_of_conv2d():
     geometry = ((2, 1), (1, 0), (1, 2), 2)
 
     def f(x, values, b):
-        return packed.packed_conv2d(x, values, words, b, (4, 2, 3, 3), *geometry)
+        return packed_conv2d(x, values, words, b, (4, 2, 3, 3), *geometry)
 
     torch.testing.assert_close(f(x, values, b), F.conv2d(x, torch.where(keep, dense, 0), b, *geometry))
     assert torch.autograd.gradcheck(f, (x, values, b))
@@ -204,7 +283,7 @@ def test_compiles_without_a_graph_break(backend):
     inputs = [torch.randn(4, 33, requires_grad=True), dense[keep].requires_grad_(), torch.randn(6, requires_grad=True)]
 
     def f(x, values, b):
-        return packed.packed_linear(x, values, words, b, (6, 33)).relu().sum()
+        return packed_linear(x, values, words, b, (6, 33)).relu().sum()
 
     want = torch.autograd.grad(f(*inputs), inputs)
     got = torch.autograd.grad(torch.compile(f, fullgraph=True, backend=backend)(*inputs), inputs)
@@ -216,7 +295,7 @@ def test_vmap_over_values():
     dense, keep, words = sample((6, 33))
     stacked = torch.stack([dense[keep], 2 * dense[keep]])
     x = torch.randn(4, 33)
-    got = torch.func.vmap(lambda v: packed.packed_linear(x, v, words, None, (6, 33)))(stacked)
+    got = torch.func.vmap(lambda v: packed_linear(x, v, words, None, (6, 33)))(stacked)
     torch.testing.assert_close(got[1], 2 * got[0])
 
 
@@ -224,7 +303,7 @@ def test_autocast():
     dense, keep, words = sample((6, 33))
     x, values = torch.randn(4, 33), dense[keep].requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = packed.packed_linear(x, values, words, torch.randn(6), (6, 33))
+        y = packed_linear(x, values, words, torch.randn(6), (6, 33))
         want = F.linear(x, torch.where(keep, dense, 0))
     assert y.dtype == want.dtype == torch.bfloat16
     y.float().sum().backward()
@@ -244,9 +323,9 @@ def test_nothing_dense_lives_between_forward_and_backward(layer):
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         if layer == "linear":
-            y = packed.packed_linear(torch.randn(2, 100, requires_grad=True), values, words, None, shape)
+            y = packed_linear(torch.randn(2, 100, requires_grad=True), values, words, None, shape)
         else:
-            y = packed.packed_conv2d(torch.randn(1, 16, 6, 6, requires_grad=True), values, words, None, shape)
+            y = packed_conv2d(torch.randn(1, 16, 6, 6, requires_grad=True), values, words, None, shape)
     assert kept and max(kept) < dense.numel() / 5, kept
     y.sum().backward()
     assert values.grad.shape == values.shape

@@ -87,6 +87,7 @@ int64_t block_for(int64_t lines) {
 }  // namespace
 
 struct MaskedLinearPlan::Impl : Survivors {
+  bool packed;
   Order panelled, whole;           // rows, for batches and for a single sample
   Order transposed;                // columns
   Array<uint32_t> where;           // [count]: where a survivor of the row order stands in `transposed`
@@ -105,8 +106,13 @@ struct MaskedLinearPlan::Impl : Survivors {
     const int threads = thread_count(count());
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t r = 0; r < rows; r++) {
+      const uint32_t first = m.begin[r], size = m.begin[r + 1] - first;
+      if (packed) {
+        std::copy_n(weight + offsets[m.line[r]], size, &whole.value[first]);
+        continue;
+      }
       const float* row = weight + static_cast<int64_t>(m.line[r]) * columns;
-      for (uint32_t k = m.begin[r]; k < m.begin[r + 1]; k++) whole.value[k] = row[m.index[k]];
+      for (uint32_t k = first; k < first + size; k++) whole.value[k] = row[m.index[k]];
     }
     whole.has_values = true;
     sample(weight);
@@ -125,8 +131,8 @@ struct MaskedLinearPlan::Impl : Survivors {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) {
       for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) {
-        if (k + kAhead < survivors) __builtin_prefetch(weight + position[k + kAhead]);
-        const float v = weight[position[k]];
+        if (!packed && k + kAhead < survivors) __builtin_prefetch(weight + position[k + kAhead]);
+        const float v = weight[packed ? k : position[k]];
         if (forward) rows_value[panelled_where[k]] = v;
         if (backward) columns_value[where[k]] = v;
       }
@@ -145,9 +151,15 @@ struct MaskedLinearPlan::Impl : Survivors {
     return std::all_of(sample_dead.begin(), sample_dead.end(), [&](uint64_t i) { return dw[i] == 0; });
   }
 
-  // dw [rows, columns] from the survivors' gradients: every element is written, so that fresh or reused memory will do,
-  // unless the dead ones are zero already.
+  // dw, [rows, columns] or packed, from the survivors' gradients: every element is written, so that fresh or reused
+  // memory will do, unless the dead ones are zero already.
   void scatter(const float* compact, float* dw, bool is_zero) const {
+    if (packed) {
+      const int threads = thread_count(count());
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+      for (int64_t k = 0; k < count(); k++) dw[k] = compact[where[k]];
+      return;
+    }
     const auto put = [&](int64_t i, float* target) {
       for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) {
         target[position[k]] = compact[where[k]];
@@ -201,8 +213,10 @@ struct MaskedLinearPlan::Impl : Survivors {
   }
 };
 
-MaskedLinearPlan::MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t columns) : impl_(new Impl) {
+MaskedLinearPlan::MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t columns, bool packed)
+    : impl_(new Impl) {
   Impl& m = *impl_;
+  m.packed = packed;
   if (rows < 0 || columns < 0 || (columns > 0 && rows >= (int64_t{1} << 32) / columns)) {
     throw std::invalid_argument("masked_linear: an index holds fewer than 2^32 weights");
   }
@@ -214,7 +228,10 @@ MaskedLinearPlan::MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t 
     m.sample_bits.push_back(words[at]);
   }
   const int64_t samples = std::min(kSamples, m.count());
-  for (int64_t i = 0; i < samples; i++) m.sample_weight.push_back(m.position[i * m.count() / samples]);
+  for (int64_t i = 0; i < samples; i++) {
+    const int64_t k = i * m.count() / samples;
+    m.sample_weight.push_back(packed ? k : m.position[k]);
+  }
   m.sample_value.resize(m.sample_weight.size());
   // The first dead weight of each of kSamples stretches.
   const auto is_dead = [&](int64_t i) {
@@ -286,7 +303,8 @@ void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const fl
   Impl& m = *impl_;
   std::lock_guard<std::mutex> guard(m.lock);
   const Kernels k = kernels(batch);
-  const bool by_rows = dw != nullptr && batch > 0 && batch <= kRowTile * k.width && tile == 0 && !m.can_stream(dw);
+  const bool by_rows =
+      dw != nullptr && !m.packed && batch > 0 && batch <= kRowTile * k.width && tile == 0 && !m.can_stream(dw);
   if ((dx != nullptr || !by_rows) && m.transposed.layout.blocks == 0) {
     m.build_columns(m.transposed, block_for(m.columns), m.where);
   }

@@ -96,7 +96,7 @@ def explain(model: nn.Module) -> Explanation:
         if isinstance(module, MaskedWeight):
             rows.append(_masked_row(name, module, measured))
         elif isinstance(module, PackedWeight):
-            rows.append(_packed_row(name, module))
+            rows.append(_packed_row(name, module, measured))
         elif isinstance(module, SemiStructuredLinear):
             rows.append(_semi_structured_row(name, module))
         elif isinstance(module, DecodeLinear):
@@ -123,9 +123,20 @@ def _semi_structured_row(name, layer):
     return LayerRow(*arguments, layer._why_this_form)
 
 
-def _packed_row(name, layer):
-    note = f"packed: {layer.values.numel()} values, expanded for each call"
-    return LayerRow(name, type(layer).__name__, tuple(layer.weight_shape), layer.density, "dense", note)
+def _packed_row(name, layer, measured):
+    shape, bucket = tuple(layer.weight_shape), dispatch.bucket_density(dispatch.density_bucket(layer.density))
+    arguments = (name, type(layer).__name__, shape, layer.density)
+    fitting = [
+        row
+        for row in measured
+        if (row["op"], tuple(row["shape"])) == ("packed_linear", shape)
+        and row.get("density") == bucket
+        and row.get("device") == layer.values.device.type
+        and row["threads"] == torch.get_num_threads()
+    ]
+    if not fitting:
+        return LayerRow(*arguments, "dense", f"packed: {layer.values.numel()} values, expanded for each call")
+    return LayerRow(*arguments, _backend_of(fitting), "", fitting)
 
 
 def _decode_row(name, layer):
@@ -172,17 +183,21 @@ def _masked_row(name, layer, measured):
             return LayerRow(*arguments, "dense", f"blocks of {block[0]}x{block[1]} need Triton: {kernels.WHY_NOT}")
         undecided = "not yet measured: not run so far, or only dense comes into question"
         return LayerRow(*arguments, "undecided", "; ".join(filter(None, (undecided, note))))
+    backend = _backend_of(fitting)
+    if block is not None and "triton" in backend:
+        backend += f" (blocks of {block[0]}x{block[1]})"
+    return LayerRow(*arguments, backend, note, fitting)
+
+
+def _backend_of(fitting):
+    """What was chosen in these measurements, which are put in order."""
     fitting.sort(key=lambda row: (row["direction"] != "forward", row["batch"]))
     chosen = {}
     for row in fitting:
         chosen.setdefault(row["direction"], []).append(row["backend"])
     if len({backend for found in chosen.values() for backend in found}) == 1:
-        backend = fitting[0]["backend"]
-    else:
-        backend = ", ".join(f"{direction}: {'/'.join(dict.fromkeys(found))}" for direction, found in chosen.items())
-    if block is not None and "triton" in backend:
-        backend += f" (blocks of {block[0]}x{block[1]})"
-    return LayerRow(*arguments, backend, note, fitting)
+        return fitting[0]["backend"]
+    return ", ".join(f"{direction}: {'/'.join(dict.fromkeys(found))}" for direction, found in chosen.items())
 
 
 def _padding(layer):
