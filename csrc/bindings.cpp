@@ -47,6 +47,17 @@ sl::DecodeWeight decode_weight(const DecodeArguments& arguments) {
 }
 #endif
 
+// Mlp: rows, columns, weight, words (0: none), bias (0: none), whether a ReLU follows.
+using MlpLayers = std::vector<std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, bool>>;
+
+std::vector<sl::cpu::MlpLayer> mlp_layers(const MlpLayers& layers) {
+  std::vector<sl::cpu::MlpLayer> all;
+  for (const auto& [rows, columns, weight, words, bias, relu] : layers) {
+    all.push_back({rows, columns, as<const float>(weight), as<const uint32_t>(words), as<const float>(bias), relu});
+  }
+  return all;
+}
+
 // global_topk: data, dtype, sizes, strides, eligible words (0: all), words. The tensors point into the arguments.
 using TopkArguments = std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>, uintptr_t, uintptr_t>;
 
@@ -255,22 +266,28 @@ PYBIND11_MODULE(_C, m) {
 
   // whole_step
   py::class_<Mlp>(m, "CpuMlp")
-      .def(py::init([](const std::vector<std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, bool>>& layers,
-                       bool adam, double momentum, double dampening, bool nesterov, double beta1, double beta2,
-                       double eps, bool decoupled, double weight_decay, double densest) {
-             std::vector<sl::cpu::MlpLayer> all;
-             for (const auto& [rows, columns, weight, words, bias, relu] : layers) {
-               all.push_back(
-                   {rows, columns, as<const float>(weight), as<const uint32_t>(words), as<const float>(bias), relu});
-             }
-             const sl::cpu::MlpOptimizer optimizer{adam,  momentum, dampening, nesterov,    beta1,
-                                                   beta2, eps,      decoupled, weight_decay};
+      .def(py::init([](const MlpLayers& layers, bool adam, double momentum, double dampening, bool nesterov,
+                       double beta1, double beta2, double eps, bool decoupled, double weight_decay, double densest) {
+             const sl::cpu::MlpOptimizer optimizer{adam,  momentum, dampening, nesterov,     beta1,
+                                                   beta2, eps,      decoupled, weight_decay, true};
              py::gil_scoped_release release;
-             return std::make_unique<Mlp>(all, optimizer, densest);
+             return std::make_unique<Mlp>(mlp_layers(layers), optimizer, densest);
            }),
            py::arg("layers"), py::kw_only(), py::arg("adam"), py::arg("momentum"), py::arg("dampening"),
            py::arg("nesterov"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("decoupled"),
            py::arg("weight_decay"), py::arg("densest"))
+      .def(py::init([](const MlpLayers& layers, double densest) {
+             sl::cpu::MlpOptimizer none{};
+             none.trains = false;
+             py::gil_scoped_release release;
+             return std::make_unique<Mlp>(mlp_layers(layers), none, densest);
+           }),
+           py::arg("layers"), py::kw_only(), py::arg("densest"))
+      .def("forward",
+           [](Mlp& mlp, uintptr_t x, int64_t x_stride, int64_t count, uintptr_t y) {
+             py::gil_scoped_release release;
+             mlp.forward(as<const float>(x), x_stride, count, as<float>(y));
+           })
       .def("train",
            [](Mlp& mlp, uintptr_t x, int64_t x_stride, uintptr_t y, uintptr_t order, int64_t batch,
               const std::vector<double>& rates) {

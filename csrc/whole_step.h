@@ -1,6 +1,6 @@
-// A whole training step of a multilayer perceptron on a CPU: forward, cross-entropy, backward and optimizer for
+// A multilayer perceptron on a CPU, whole training steps and all: forward, cross-entropy, backward and optimizer for
 // minibatch after minibatch, without a way back to Python between them. float32. Called by
-// sparselottery/training/whole_step.py.
+// sparselottery/training/whole_step.py and, for inference, by sparselottery/nn/compiled_mlp.py.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -25,8 +25,10 @@ struct MlpOptimizer {
   double beta1, beta2, eps;  // Adam
   bool decoupled;
   double weight_decay;
+  bool trains;  // false: there is no memory for gradients, and `train` must not be called
 };
 
+// One call at a time runs (a lock).
 class Mlp {
  public:
   // Layers up to this density are kept as survivors alone, the others as dense matrices. Throws std::invalid_argument
@@ -42,6 +44,9 @@ class Mlp {
   // The sum of the losses over rows 0 .. count - 1, and how many of them have their label's output as the largest (the
   // first of equals).
   void evaluate(const float* x, int64_t x_stride, const int64_t* y, int64_t count, double* loss, int64_t* right);
+
+  // y [count, outputs of the last layer] of rows 0 .. count - 1.
+  void forward(const float* x, int64_t x_stride, int64_t count, float* y);
 
   // Writes layer i's surviving weights [rows, columns] and bias [rows] (null where it has none) back.
   void store(int64_t layer, float* weight, float* bias) const;

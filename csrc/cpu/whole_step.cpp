@@ -7,6 +7,7 @@
 #include <cstring>
 #include <deque>
 #include <limits>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -58,6 +59,7 @@ struct Parameter {
   void start(float* at, int64_t size, const MlpOptimizer& o) {
     count = size;
     value = at;
+    if (!o.trains) return;
     std::fill_n(grad.reserve(size), size, 0.f);
     if (o.adam || o.momentum != 0) std::fill_n(first.reserve(size), size, 0.f);
     if (o.adam) std::fill_n(second.reserve(size), size, 0.f);
@@ -124,6 +126,7 @@ struct Mlp::Impl {
   std::vector<Array<float>> activation;  // [layers + 1]: what goes into layer i
   Array<float> grad, other;              // of a layer's output, of its input
   int64_t step = 0;
+  std::mutex lock;  // activations are shared by all calls
 
   int64_t inputs() const { return layers.front().columns; }
   int64_t classes() const { return layers.back().rows; }
@@ -297,6 +300,8 @@ Mlp::~Mlp() = default;
 double Mlp::train(const float* x, int64_t x_stride, const int64_t* y, const int64_t* order, int64_t steps,
                   int64_t batch, const double* rate) {
   Impl& m = *impl_;
+  std::lock_guard<std::mutex> guard(m.lock);
+  if (!m.optimizer.trains) throw std::invalid_argument("optimizer: expected one that trains");
   const Kernels k = kernels();
   const int64_t lanes = kTile * k.width;
   m.reserve(lanes);
@@ -321,6 +326,7 @@ double Mlp::train(const float* x, int64_t x_stride, const int64_t* y, const int6
 
 void Mlp::evaluate(const float* x, int64_t x_stride, const int64_t* y, int64_t count, double* loss, int64_t* right) {
   Impl& m = *impl_;
+  std::lock_guard<std::mutex> guard(m.lock);
   const Kernels k = kernels();
   const int64_t lanes = kTile * k.width;
   m.reserve(lanes);
@@ -331,6 +337,23 @@ void Mlp::evaluate(const float* x, int64_t x_stride, const int64_t* y, int64_t c
     k.pack({x, x_stride, nullptr, first, part, m.inputs(), tile, m.activation[0].get()});
     m.forward(k, tile);
     *loss += m.losses(y + first, part, tile * k.width, 0.f, nullptr, right);
+  }
+}
+
+void Mlp::forward(const float* x, int64_t x_stride, int64_t count, float* y) {
+  Impl& m = *impl_;
+  std::lock_guard<std::mutex> guard(m.lock);
+  const Kernels k = kernels();
+  m.reserve(kTile * k.width);
+  const int64_t outputs = m.classes();
+  for (int64_t first = 0; first < count; first += kTile * k.width) {
+    const int64_t part = std::min(kTile * k.width, count - first), tile = (part + k.width - 1) / k.width;
+    k.pack({x, x_stride, nullptr, first, part, m.inputs(), tile, m.activation[0].get()});
+    m.forward(k, tile);
+    const float* z = m.activation.back().get();
+    for (int64_t b = 0; b < part; b++) {
+      for (int64_t c = 0; c < outputs; c++) y[(first + b) * outputs + c] = z[c * tile * k.width + b];
+    }
   }
 }
 

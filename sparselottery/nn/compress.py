@@ -6,8 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .. import _ext
 from ..ops import bitmask, decode_linear, dispatch
 from . import semi_structured
+from .compiled_mlp import CompiledMLP, layers_of
 from .convert import densify, to_plain, unpack
 from .decode import DecodeLinear, to_decode
 from .invariant import MaskedWeight
@@ -24,7 +26,8 @@ def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Mo
     - linear layers in float16 or bfloat16 on a GPU with up to 128 rows of input: packed for decoding
       (`decode.DecodeLinear`) in each format that reads fewer bytes than the dense weight.
 
-    The whole is timed at the end: unless it beats the plain model by dispatch's margin, all layers are plain. `explain` of
+    A network of linear layers and ReLU on a CPU is also tried as a whole in C++ (`compiled_mlp.CompiledMLP`). The whole is timed
+    at the end: unless one form beats the plain model by dispatch's margin, all layers are plain. `explain` of
     the result says what was measured. So it is never slower than dense as far as this measurement can tell; measure with
     the batch you will use. Outputs are those of `model.eval()`, up to the order in which a sparse kernel adds.
 
@@ -50,14 +53,23 @@ def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Mo
                 _take_fastest_form(layer, *inputs[id(layer)])
             else:
                 to_plain(layer)
+        wholes = {"dense": densify(unpack(copy.deepcopy(model))).eval().requires_grad_(False)}
         if any(isinstance(layer, (MaskedWeight, SemiStructuredLinear, DecodeLinear)) for layer in layers):
-            plain = densify(unpack(copy.deepcopy(model))).eval().requires_grad_(False)
-            seconds = dispatch.measure(
-                {"dense": lambda: plain(*args, **kwargs), "mixed": lambda: result(*args, **kwargs)}
-            )
-            if dispatch.fastest(seconds) == "dense":
-                return plain
-    return result
+            wholes["mixed"] = result
+        if layers and _ext.WHY_NOT is None:
+            network = unpack(copy.deepcopy(model)).eval().requires_grad_(False)
+            if not isinstance(layers_of(network), str):
+                wholes["compiled"] = CompiledMLP(network).eval()
+        if len(wholes) == 1:
+            return result
+        seconds = dispatch.measure({name: lambda m=m: m(*args, **kwargs) for name, m in wholes.items()})
+        fastest = dispatch.fastest(seconds)
+    if fastest == "compiled":
+        times = ", ".join(f"{name} {s * 1e6:.4g}" for name, s in sorted(seconds.items(), key=lambda item: item[1]))
+        for layer in wholes[fastest].modules():
+            if isinstance(layer, MaskedWeight):
+                layer._why_this_form = f"in C++ with the whole network; compress, in µs: {times}"
+    return wholes[fastest]
 
 
 def _arguments(example):

@@ -2,14 +2,13 @@
 
 A step of a small network costs more in Python and autograd than in arithmetic. `sl.Trainer` therefore hands networks made of
 linear layers and ReLU to C++ (csrc/whole_step.h), which runs forward, cross-entropy, backward and optimizer for a stretch of
-minibatches at once: layers up to density `DENSEST` as survivors alone, the others as dense matrices. Losses and weights are
+minibatches at once: layers up to half density as survivors alone, the others as dense matrices. Losses and weights are
 those of the module path up to rounding; the same network, data and seed give the same bits on every run and for any number
 of threads.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,13 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _ext
+from ..nn.compiled_mlp import layers_of, make_network
 from ..nn.linear import MaskedLinear
 from ..ops import dispatch
 from ..ops.masked_optim import increment_version
 
-DENSEST = (
-    0.5  # LeNet-300-100, batch 60, one thread of an EPYC (Zen 4): survivors 759 us a step at 0.5, dense 824; 939 at 0.6
-)
 LONGEST = 500  # steps before Python looks for Ctrl-C
 # Where there are no vectors of eight, a library's dense product is far ahead: only what is mostly gone is worth it.
 _DENSEST_PORTABLE = 0.2
@@ -53,7 +50,7 @@ def why_not(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]], optimizer,
     unknown = set(options) - _OPTIMIZERS[optimizer] - _WITHOUT_EFFECT
     if unknown:
         return f"optimizer option {min(unknown)!r}"
-    layers = _layers(model)
+    layers = layers_of(model)
     if isinstance(layers, str):
         return layers
     seen = set()
@@ -61,9 +58,7 @@ def why_not(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]], optimizer,
         for p in linear._parameters.values():
             if p is None:
                 continue
-            if type(p) is not nn.Parameter or p.dtype is not torch.float32 or not p.is_cpu or not p.is_contiguous():
-                return "a parameter that is no contiguous float32 tensor on the CPU"
-            if not p.requires_grad or p.is_inference() or p.numel() == 0:
+            if not p.requires_grad:
                 return "a parameter that is not trained"
             if id(p) in seen:
                 return "layers share a parameter"
@@ -82,48 +77,6 @@ def why_not(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]], optimizer,
     return None
 
 
-def _layers(model) -> list[tuple[nn.Linear, bool]] | str:
-    """[(linear layer, whether a ReLU follows)] of a Sequential, or what is in it that C++ does not know."""
-    if type(model) is not nn.Sequential:
-        return f"a {type(model).__name__}, not an nn.Sequential"
-    if _has_hook(model):
-        return "a hook on the model"
-    layers: list[tuple[nn.Linear, bool]] = []
-    for module in _flat(model):
-        kind = type(module)
-        if _has_hook(module):
-            return f"a hook on a {kind.__name__}"
-        if kind is nn.Flatten and not layers and (module.start_dim, module.end_dim) == (1, -1):
-            continue
-        if kind is nn.Identity:
-            continue
-        if kind is nn.ReLU and layers:
-            layers[-1] = (layers[-1][0], True)
-        elif kind in (nn.Linear, MaskedLinear):
-            layers.append((module, False))
-        else:
-            return f"a {kind.__name__} among the layers"
-    if not layers:
-        return "no linear layer"
-    for (a, _), (b, _) in itertools.pairwise(layers):
-        if a.out_features != b.in_features:
-            return "layers that do not fit together"
-    return layers
-
-
-def _flat(model: nn.Sequential):
-    """The modules in order, those of a Sequential inside too; a Sequential that has a hook as itself."""
-    for module in model:
-        if type(module) is nn.Sequential and not _has_hook(module):
-            yield from _flat(module)
-        else:
-            yield module
-
-
-def _has_hook(module: nn.Module) -> bool:
-    return any(value for name, value in vars(module).items() if name.endswith("_hooks"))
-
-
 class WholeStep:
     """One network in C++, from its present weights on; `store` writes them back into the model.
 
@@ -138,32 +91,15 @@ class WholeStep:
 
     def __init__(self, model: nn.Sequential, optimizer: torch.optim.Optimizer, data: dict[str, tuple[Tensor, Tensor]]):
         optimizer.zero_grad(set_to_none=True)  # as after a step: gradients from before are gone
-        self.layers = _layers(model)
+        self.layers = layers_of(model)
         self.total = 0.0
         group = optimizer.param_groups[0]
         self.rate = float(group["lr"])
         self.data = {name: (x.detach().flatten(1).contiguous(), y.contiguous()) for name, (x, y) in data.items()}
         adam = "betas" in group
         beta1, beta2 = group["betas"] if adam else (0.0, 0.0)
-        rows, words = [], []
-        for linear, relu in self.layers:
-            masked = isinstance(linear, MaskedLinear)
-            if masked:
-                linear._premasked()  # zeros where the mask is, whoever wrote last
-                words.append(linear.weight_mask.contiguous())
-            bias = linear.bias
-            rows.append(
-                (
-                    linear.out_features,
-                    linear.in_features,
-                    linear.weight.data_ptr(),
-                    words[-1].data_ptr() if masked else 0,
-                    0 if bias is None else bias.data_ptr(),
-                    relu,
-                )
-            )
-        self.network = _ext.extension().CpuMlp(
-            rows,
+        self.network = make_network(
+            self.layers,
             adam=adam,
             momentum=float(group.get("momentum", 0)),
             dampening=float(group.get("dampening", 0)),
@@ -173,7 +109,6 @@ class WholeStep:
             eps=float(group.get("eps", 0)),
             decoupled=bool(group.get("decoupled_weight_decay", False)),
             weight_decay=float(group["weight_decay"]),
-            densest=DENSEST,
         )
 
     def run(self, order: Tensor, factors: Sequence[float]) -> None:
