@@ -9,6 +9,7 @@ from .. import kernels
 from ..ops import block_linear, dispatch
 from ..ops.masked_conv2d import live_bucket
 from . import semi_structured
+from .compiled_mlp import CompiledMLP
 from .convert import left_dense
 from .decode import DecodeLinear
 from .invariant import MaskedWeight
@@ -92,8 +93,13 @@ def explain(model: nn.Module) -> Explanation:
     reasons = left_dense(model)  # raises for what is not a module
     measured = dispatch.table()
     rows = []
+    whole = {id(part) for network in model.modules() if isinstance(network, CompiledMLP) for part in network.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, MaskedWeight):
+        if id(module) in whole and isinstance(module, nn.Linear):
+            rows.append(
+                _plain_row(name, module, getattr(module, "_why_this_form", "in C++ with the whole network"), "cpu")
+            )
+        elif isinstance(module, MaskedWeight):
             rows.append(_masked_row(name, module, measured))
         elif isinstance(module, PackedWeight):
             rows.append(_packed_row(name, module, measured))
@@ -107,13 +113,13 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(rows, dispatch.forced())
 
 
-def _plain_row(name, module, reason):
+def _plain_row(name, module, reason, backend="dense"):
     weight = getattr(module, "weight", None)
     known = isinstance(weight, torch.Tensor) and not isinstance(weight, nn.parameter.UninitializedParameter)
     shape = tuple(weight.shape) if known else ()
     with torch.no_grad():
         density = float((weight != 0).double().mean()) if known and weight.numel() else 1.0
-    return LayerRow(name, type(module).__name__, shape, density, "dense", reason)
+    return LayerRow(name, type(module).__name__, shape, density, backend, reason)
 
 
 def _semi_structured_row(name, layer):
