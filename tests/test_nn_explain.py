@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 import sparselottery as sl
 from sparselottery.nn import masked_modules
-from sparselottery.ops import dispatch
+from sparselottery.ops import dispatch, masked_linear
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +138,35 @@ def test_compress_layers_that_are_not_called_and_bad_input():
         sl.compress(network(), 3)
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got list"):
         sl.compress([], torch.ones(1))
+
+
+class OnCuda(torch.Tensor):
+    """Says that it is on a GPU: enough for a key and for explain, which look at no values."""
+
+    device = property(lambda self: torch.device("cuda"))
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+
+
+@pytest.mark.parametrize("winners", [("bf16x6", "bf16x6"), ("cuda", "cuda"), ("cuda", "bf16x6")])
+def test_backends_of_a_gpu_are_shown(monkeypatch, winners):
+    monkeypatch.setattr(masked_linear.fp32_linear, "takes", lambda t: "bf16x6" in winners)
+    layer = sl.MaskedLinear(256, 128)
+    layer.set_mask(torch.arange(256 * 128).view(128, 256) % 17 == 0)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(OnCuda))
+    before = sl.explain(layer).rows[0]
+    assert before.backend == "undecided" and before.measurements == []
+    for direction, extra, winner in (("forward", (), winners[0]), ("backward", (True, True, True), winners[1])):
+        x = torch.zeros(64, 256 if direction == "forward" else 128).as_subclass(OnCuda)
+        key = masked_linear._key(direction, x, layer.weight, layer.weight_mask, True, *extra)
+        assert key[6] == "cuda"
+        monkeypatch.setattr(dispatch, "measure", lambda runs, best=winner: {n: 1.0 - (n == best) / 2 for n in runs})
+        candidates = dict.fromkeys(("dense", "triton", "cuda", "bf16x6"), lambda: None)
+        assert dispatch.choose(masked_linear.OP, key, candidates, rule=lambda: "dense") == winner
+    row = sl.explain(layer).rows[0]
+    both = f"forward: {winners[0]}, backward: {winners[1]}"
+    assert row.backend == (winners[0] if winners[0] == winners[1] else both)
+    assert [m["us"][winner] for m, winner in zip(row.measurements, winners, strict=True)] == [5e5, 5e5]
+    assert f"forward, batch 64: {winners[0]} 5e+05" in str(sl.explain(layer))
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(torch.Tensor))
+    assert sl.explain(layer).rows[0].backend == "undecided", "a CPU layer is not run by what a GPU measured"
