@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch  # before _C: the extension's OpenMP symbols bind to the pool torch brings
@@ -53,6 +54,31 @@ def extension():
     if _C is None:
         raise RuntimeError(f"sparselottery._C could not be loaded ({WHY_NOT}); {BUILD_ADVICE}")
     return _C
+
+
+@functools.cache
+def why_no_cuda(device: torch.device) -> str | None:
+    """Why the CUDA kernels of this build cannot run on a GPU, None if they can; a reason is also a warning, once.
+
+    Without them Triton or plain torch does the work, on the same GPU.
+    """
+    if _C is None:
+        reason = f"sparselottery._C could not be loaded ({WHY_NOT})"
+    elif getattr(_C, "cuda_archs", None) is None:
+        reason = "this build of sparselottery has no CUDA kernels (nvcc was not found, or SPARSELOTTERY_CUDA=0)"
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        least = min(int(arch.rstrip("af")) for arch in _C.cuda_archs.split(";"))
+        if 10 * major + minor >= least:  # code for a smaller one runs: its own, or the PTX of the largest
+            return None
+        reason = f"the CUDA kernels were built for compute capability {least / 10} on, this GPU has {major}.{minor}"
+    warnings.warn(f"{reason}: Triton and torch are used instead", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def has_cuda_kernels(tensor: torch.Tensor) -> bool:
+    """Whether the CUDA kernels of this build run on this CUDA tensor's GPU."""
+    return why_no_cuda(tensor.device) is None
 
 
 def cache_dir() -> Path:

@@ -185,7 +185,7 @@ LIBRARY.impl("bitmask_count", _count, "CompositeExplicitAutograd")
 LIBRARY.impl("bitmask_hamming", _hamming, "CompositeExplicitAutograd")
 LIBRARY.impl("bitmask_apply_", _apply, "CompositeExplicitAutograd")
 
-# ---- CUDA kernels, where the extension was built with nvcc; plain torch on the GPU otherwise (above) ----
+# ---- CUDA kernels, where this build has them for the GPU; plain torch there otherwise (above) ----
 
 
 def stream_of(tensor: Tensor) -> int:
@@ -194,6 +194,8 @@ def stream_of(tensor: Tensor) -> int:
 
 
 def _pack_cuda(dense):
+    if not _ext.has_cuda_kernels(dense):
+        return _pack(dense)
     dense = dense.contiguous()
     words = dense.new_empty(words_shape(dense.shape), dtype=torch.int32)
     with torch.cuda.device_of(dense):
@@ -202,6 +204,8 @@ def _pack_cuda(dense):
 
 
 def _unpack_cuda(words, shape):
+    if not _ext.has_cuda_kernels(words):
+        return _unpack(words, shape)
     words = words.contiguous()
     dense = words.new_empty(shape, dtype=torch.bool)
     with torch.cuda.device_of(words):
@@ -210,6 +214,8 @@ def _unpack_cuda(words, shape):
 
 
 def _count_cuda(words):
+    if not _ext.has_cuda_kernels(words):
+        return _count(words)
     words = words.contiguous()
     out = words.new_empty((), dtype=torch.int64)
     with torch.cuda.device_of(words):
@@ -218,6 +224,8 @@ def _count_cuda(words):
 
 
 def _hamming_cuda(a, b):
+    if not _ext.has_cuda_kernels(a):
+        return _hamming(a, b)
     a, b = a.contiguous(), b.contiguous()
     out = a.new_empty((), dtype=torch.int64)
     with torch.cuda.device_of(a):
@@ -226,6 +234,8 @@ def _hamming_cuda(a, b):
 
 
 def _apply_cuda(tensor, words):
+    if not _ext.has_cuda_kernels(tensor):
+        return _apply(tensor, words)
     sizes, strides = rows_and_strides(tensor)
     if len(sizes) > 8:  # more than the kernel takes
         reference.bitmask_apply_(tensor, words)
@@ -237,12 +247,11 @@ def _apply_cuda(tensor, words):
         )
 
 
-if hasattr(_ext._C, "cuda_bitmask_pack"):
-    LIBRARY.impl("bitmask_pack", _pack_cuda, "CUDA")
-    LIBRARY.impl("bitmask_unpack", _unpack_cuda, "CUDA")
-    LIBRARY.impl("bitmask_count", _count_cuda, "CUDA")
-    LIBRARY.impl("bitmask_hamming", _hamming_cuda, "CUDA")
-    LIBRARY.impl("bitmask_apply_", _apply_cuda, "CUDA")
+LIBRARY.impl("bitmask_pack", _pack_cuda, "CUDA")
+LIBRARY.impl("bitmask_unpack", _unpack_cuda, "CUDA")
+LIBRARY.impl("bitmask_count", _count_cuda, "CUDA")
+LIBRARY.impl("bitmask_hamming", _hamming_cuda, "CUDA")
+LIBRARY.impl("bitmask_apply_", _apply_cuda, "CUDA")
 
 
 @torch.library.register_fake("sparselottery::bitmask_pack")

@@ -187,12 +187,12 @@ def why_dense(device: torch.device, format: str, columns: int) -> str | None:
 
 @functools.cache
 def _why_not(device):
-    if not hasattr(_ext._C, "cuda_decode_linear"):
-        return "the extension was built without CUDA"
+    reason = _ext.why_no_cuda(device)
+    if reason is not None:
+        return reason
     major, minor = torch.cuda.get_device_capability(device)
-    built = [int(arch.rstrip("af")) for arch in _ext._C.cuda_archs.split(";")]
-    if 10 * major + minor < max(80, min(built)):
-        return f"the decode kernels need compute capability {max(80, min(built)) / 10}, this GPU has {major}.{minor}"
+    if major < 8:
+        return f"the decode kernels need compute capability 8.0, this GPU has {major}.{minor}"
     return None
 
 

@@ -235,7 +235,7 @@ def backend_of(device: torch.device) -> str:
     forced = dispatch.forced()
     if device.type != "cuda":
         return "cpu" if device.type == "cpu" else "reference"
-    there = {"cuda": hasattr(_ext._C, "cuda_global_topk"), "triton": kernels.AVAILABLE, "reference": True}
+    there = {"cuda": _ext.why_no_cuda(device) is None, "triton": kernels.AVAILABLE, "reference": True}
     if there.get(forced):
         return forced
     return next(name for name, is_there in there.items() if is_there)

@@ -75,6 +75,8 @@ def _offsets(words):
 
 
 def _expand_cuda(values, words, shape):
+    if not _ext.has_cuda_kernels(values):
+        return _expand(values, words, shape)
     values, words = values.contiguous(), words.contiguous()
     offsets, count = _offsets(words)
     check_count(values.numel(), count)
@@ -94,6 +96,8 @@ def _expand_cuda(values, words, shape):
 
 
 def _gather_cuda(dense, words, count):
+    if not _ext.has_cuda_kernels(dense):
+        return _gather(dense, words, count)
     sizes, strides = bitmask.rows_and_strides(dense)
     if len(sizes) > 8:  # more than the kernel takes
         return _checked(reference.packed_gather(dense, words), count)
@@ -123,9 +127,8 @@ def check_count(got, kept):
 
 LIBRARY.impl("packed_expand", _expand, "CompositeExplicitAutograd")
 LIBRARY.impl("packed_gather", _gather, "CompositeExplicitAutograd")
-if hasattr(_ext._C, "cuda_packed_expand"):
-    LIBRARY.impl("packed_expand", _expand_cuda, "CUDA")
-    LIBRARY.impl("packed_gather", _gather_cuda, "CUDA")
+LIBRARY.impl("packed_expand", _expand_cuda, "CUDA")
+LIBRARY.impl("packed_gather", _gather_cuda, "CUDA")
 
 
 @torch.library.register_fake("sparselottery::packed_expand")

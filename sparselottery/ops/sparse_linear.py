@@ -19,9 +19,7 @@ _MOST = 2**31  # survivors that `starts` can number
 
 def takes(t: Tensor, density: float) -> bool:
     """Whether the kernel can run a product of `t` with a mask of this density, and may win."""
-    return (
-        t.is_cuda and t.dtype is torch.float32 and density <= DENSEST and hasattr(_ext._C, "cuda_sparse_linear_product")
-    )
+    return t.is_cuda and t.dtype is torch.float32 and density <= DENSEST and _ext.has_cuda_kernels(t)
 
 
 def index(words: Tensor, shape: tuple[int, int], transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
