@@ -38,11 +38,11 @@ def in_double(model, x):
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.2, 0.8, 1.0])
 @pytest.mark.parametrize("batch", [1, 5, 16, 60, 64, 65, 200])
-def test_outputs_are_those_of_the_modules(isa, density, batch):
+def test_outputs_are_those_of_the_modules(isa, density, batch, monkeypatch):
     model = network(density)
     x = torch.randn(batch, 35)
     compiled, expected = CompiledMLP(model), in_double(model, x)
-    compiled.network.forward = None  # C++ computes it, or nobody
+    monkeypatch.setattr(nn.Sequential, "forward", None)  # C++ computes it, or nobody
     y = compiled(x)
     assert y.shape == expected.shape and y.dtype == torch.float32
     assert (y.double() - expected).norm() <= 1e-5 * expected.norm() + 1e-6

@@ -208,8 +208,40 @@ def test_why_not():
     hooked = network()
     hooked[3].register_forward_hook(lambda *_: None)
     assert "a hook on a Linear" in reason(hooked)
+    own = network()
+    own[3].forward = lambda x: x
+    assert "a hook on a Linear" in reason(own)
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        clipped = network()
+        getattr(clipped[3].bias, register)(lambda g: None)
+        assert "a hook on a parameter" in reason(clipped)
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert "a hook on all modules" in reason()
+    everywhere.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in reason()
+    one_memory = nn.Sequential(nn.Linear(37, 37), nn.Linear(37, 37), nn.Linear(37, 5))
+    one_memory[1].weight.data = one_memory[0].weight.data
+    assert "share a parameter" in reason(one_memory)
     packed = sl.pack(network(0.3))
     assert "PackedLinear" in reason(packed)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_parameters_that_are_smaller_than_the_layer_says_go_through_the_modules(masked):
+    """C++ would read and write beyond their ends."""
+    model = network(0.3 if masked else 1.0)
+    model[3].bias = nn.Parameter(torch.zeros(1))
+    assert "not of the shape" in sl.Trainer(data()).why_not_whole_step(model)
+    if masked:
+        return
+    narrow = network()
+    narrow[1].weight = nn.Parameter(narrow[1].weight.detach()[:20].clone())
+    narrow[1].bias = nn.Parameter(narrow[1].bias.detach()[:20].clone())
+    narrow[3].weight = nn.Parameter(narrow[3].weight.detach()[:, :20].clone())
+    trainer = sl.Trainer(data(), budget=5)
+    assert "not of the shape" in trainer.why_not_whole_step(narrow)
+    trainer.fit(narrow, seed=0)
 
 
 def test_a_forced_backend_is_honoured(monkeypatch):

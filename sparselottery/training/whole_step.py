@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _ext
-from ..nn.compiled_mlp import layers_of, make_network
+from ..nn.compiled_mlp import has_global_hooks, layers_of, make_network
 from ..nn.linear import MaskedLinear
 from ..ops import dispatch
 from ..ops.masked_optim import increment_version
@@ -50,6 +50,10 @@ def why_not(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]], optimizer,
     unknown = set(options) - _OPTIMIZERS[optimizer] - _WITHOUT_EFFECT
     if unknown:
         return f"optimizer option {min(unknown)!r}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast"
+    if has_global_hooks():
+        return "a hook on all modules"
     layers = layers_of(model)
     if isinstance(layers, str):
         return layers
@@ -60,9 +64,11 @@ def why_not(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]], optimizer,
                 continue
             if not p.requires_grad:
                 return "a parameter that is not trained"
-            if id(p) in seen:
+            if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+                return "a hook on a parameter"
+            if p.data_ptr() in seen:  # as one object, or two in one memory
                 return "layers share a parameter"
-            seen.add(id(p))
+            seen.add(p.data_ptr())
     if _ext.extension().cpu_isa() == "portable" and any(
         (linear.density if isinstance(linear, MaskedLinear) else 1.0) > _DENSEST_PORTABLE for linear, _ in layers
     ):
