@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sparselottery import _ext
-from sparselottery.ops import masked_linear as op
-from sparselottery.ops import reference
+from sparselottery.ops import masked_linear_index, reference
 from sparselottery.ops.masked_linear import masked_linear
 
 DENSITIES = {"none": 0.0, "one": None, "sparse": 0.05, "half": 0.5, "all": 1.0}
@@ -201,16 +200,16 @@ def test_indexes_go_with_their_masks(cpu):
     x, w, _, _, keep = sparse_sample(5, 90, 50, 0.3)
     words = reference.bitmask_pack(keep)
     forward_on_cpu(x, w, words)
-    assert id(words) in op._INDEXES
+    assert id(words) in masked_linear_index.INDEXES
     key = id(words)
     del words
     gc.collect()
-    assert key not in op._INDEXES
+    assert key not in masked_linear_index.INDEXES
 
 
 def test_recycled_gradient_memory(cpu, monkeypatch):
     """Gradients keep their memory while anything uses it, and come out right however the memory was left."""
-    monkeypatch.setattr(op._Memory, "SMALLEST", 0)
+    monkeypatch.setattr(masked_linear_index.Memory, "SMALLEST", 0)
     x, w, _, grad, keep = sparse_sample(5, 90, 50, 0.3)
     words = reference.bitmask_pack(keep)
     w.requires_grad_()
@@ -248,12 +247,12 @@ def test_recycled_gradient_memory(cpu, monkeypatch):
 
 def test_recycled_gradient_memory_with_its_zeros(cpu, monkeypatch):
     """Zeros off the mask are not written again where they are known to be; whatever is done to a gradient, the next is right."""
-    monkeypatch.setattr(op._Memory, "SMALLEST", 0)
+    monkeypatch.setattr(masked_linear_index.Memory, "SMALLEST", 0)
     x, w, _, grad, keep = sparse_sample(5, 90, 50, 0.3)
     words = reference.bitmask_pack(keep)
     w.requires_grad_()
     dead = (~keep).nonzero()[7].tolist()
-    index = op._index(words, tuple(w.shape))
+    index = masked_linear_index.index_of(words, tuple(w.shape))
 
     def backward(scale=1.0):
         return torch.autograd.grad(masked_linear(x, w, words), w, scale * grad)[0]
@@ -300,14 +299,14 @@ def test_recycled_gradient_memory_with_its_zeros(cpu, monkeypatch):
         torch.testing.assert_close(g, (i + 1) * (grad.t() @ x) * keep)
         change(g)
         del g
-    index = op._index(words, tuple(w.shape))
+    index = masked_linear_index.index_of(words, tuple(w.shape))
     _, is_zero = index.gradient.lend(tuple(w.shape), index.plan)
     assert is_zero  # the untouched ones are trusted: the test above is of that path
 
 
 def test_gradients_that_somebody_keeps(cpu, monkeypatch):
     """Accumulation, retain_graph, hooks, two uses in a graph, zero_grad in place: memory in use is never lent."""
-    monkeypatch.setattr(op._Memory, "SMALLEST", 0)
+    monkeypatch.setattr(masked_linear_index.Memory, "SMALLEST", 0)
     x, w, _, grad, keep = sparse_sample(5, 90, 50, 0.3)
     words = reference.bitmask_pack(keep)
     w.requires_grad_()
@@ -348,7 +347,7 @@ def test_gradients_that_somebody_keeps(cpu, monkeypatch):
 
 
 def test_gradients_in_several_threads(cpu, monkeypatch):
-    monkeypatch.setattr(op._Memory, "SMALLEST", 0)
+    monkeypatch.setattr(masked_linear_index.Memory, "SMALLEST", 0)
     x, w, _, grad, keep = sparse_sample(5, 90, 50, 0.3)
     words = reference.bitmask_pack(keep)
     wanted = (grad.t() @ x) * keep
@@ -372,12 +371,12 @@ def test_gradients_in_several_threads(cpu, monkeypatch):
 
 def test_gradients_of_compiled_code_are_not_trusted(cpu, monkeypatch):
     """Compiled code may write to the memory without moving a counter."""
-    monkeypatch.setattr(op._Memory, "SMALLEST", 0)
+    monkeypatch.setattr(masked_linear_index.Memory, "SMALLEST", 0)
     x, w, _, grad, keep = sparse_sample(5, 90, 50, 0.3)
     words = reference.bitmask_pack(keep)
     arguments = (grad, x, w, words, False, [False, True, False])
     torch.ops.sparselottery.masked_linear_backward(*arguments)
-    index = op._index(words, tuple(w.shape))
+    index = masked_linear_index.index_of(words, tuple(w.shape))
     assert not index.gradient.lend(tuple(w.shape), index.plan)[1]
 
 

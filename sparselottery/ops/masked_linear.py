@@ -9,10 +9,7 @@ leaves out the products with dead weights that a dense one turns into NaN.
 """
 
 import os
-import threading
-import weakref
 
-import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +17,7 @@ from torch.nn import functional as F
 from .. import _ext
 from . import bitmask, dispatch, fp32_linear, reference, sparse_linear
 from .library import LIBRARY, check_tensors, is_plain, transformed
+from .masked_linear_index import index_of, plan_of
 
 OP = "masked_linear"
 
@@ -83,101 +81,7 @@ def _sparse_backward(grad, x, weight, words, output_mask):
     return dx, *rest[1:]
 
 
-# ---- cpu: an index of the survivors per mask ----
-
-
-class _Index:
-    """What is known about one words tensor: its density and, once the cpu backend has run, the survivors' index.
-
-    The index holds the surviving weights' values too, gathered again when the weight is another tensor or its version counter
-    moved. Writes through `.data` move no counter: a sample of words and values is compared on each call, which finds an
-    optimizer that works that way (it changes nearly everything), though not the change of a single element.
-    """
-
-    __slots__ = ("bucket", "gradient", "plan", "ref", "shape", "version", "weight")
-
-    def __init__(self, words, shape):
-        key = id(words)
-        self.ref = weakref.ref(words, lambda _: _INDEXES.pop(key, None))
-        self.version = words._version
-        self.shape = shape
-        total = shape[0] * shape[1]
-        self.bucket = dispatch.density_bucket(bitmask.count(words) / total) if total else 0
-        self.plan = None
-        self.weight = None
-        self.gradient = _Memory()
-
-    def plan_for(self, words, weight):
-        """The index with this weight's values, or with none, so that they will be gathered."""
-        words = words.contiguous()
-        same = self.weight is not None and self.weight() is weight
-        if not same:
-            self.weight = weakref.ref(weight)
-        if self.plan is None or not self.plan.use(words.data_ptr(), weight.data_ptr(), weight._version, same):
-            self.plan = _ext.extension().CpuMaskedLinearPlan(words.data_ptr(), *self.shape)
-            self.plan.use(words.data_ptr(), weight.data_ptr(), weight._version, False)
-        return self.plan
-
-
-class _Memory:
-    """Memory for a weight's gradient, lent out again, with what it holds, once no tensor uses it.
-
-    Fresh pages for a large gradient cost as much as a sparse backward (64 MiB: 16384 page faults), and so do the zeros off the
-    mask. Whether the memory is still in use is told by the array that torch's storage keeps alive. `counter` shares the version
-    counter, but not the storage, of the tensor that was lent: where it has not moved since a plan wrote the gradient, the zeros
-    are still there. Writes through `.data` or numpy move no counter: the plan looks at a sample of the zeros, which finds what
-    changes a large part of them, though not the change of a single one.
-    """
-
-    __slots__ = ("base", "counter", "lease", "lock", "plan", "version")
-    SMALLEST = 2**16  # elements; below, zeros and malloc cost less than the questions asked here
-
-    def __init__(self):
-        self.base = self.counter = self.lease = self.plan = None
-        self.version = 0
-        self.lock = threading.Lock()
-
-    def lend(self, shape, plan):
-        """A tensor, and whether it is still as `plan` left it."""
-        if shape[0] * shape[1] < self.SMALLEST or torch.is_inference_mode_enabled():
-            return torch.empty(shape, dtype=torch.float32, device="cpu"), False
-        with self.lock:
-            if self.base is None or self.lease() is not None:
-                raw = numpy.empty(shape[0] * shape[1] + 16, numpy.float32)
-                start = -raw.ctypes.data // 4 % 16  # on a cache line
-                self.base = raw[start : start + shape[0] * shape[1]]
-                self.plan = None
-            same = self.plan is plan and self.counter._version == self.version
-            self.plan = None  # until it is written
-            view = self.base.reshape(shape)
-            self.lease = weakref.ref(view)
-            return torch.from_numpy(view), same
-
-    def written(self, gradient, plan):
-        """`plan` has written `gradient`, and whoever gets it will use it as a tensor of eager torch."""
-        with self.lock:
-            if self.base is not None and gradient.data_ptr() == self.base.ctypes.data:
-                self.plan = plan
-                self.counter = gradient.detach()
-                self.counter.data = torch.empty(0)  # lets the storage go, keeps the counter
-                self.version = self.counter._version
-
-
-_INDEXES: dict[int, _Index] = {}  # by id(words): an entry goes with its tensor
-
-
-def _index(words, shape):
-    known = _INDEXES.get(id(words))
-    if known is None or known.ref() is not words or known.version != words._version or known.shape != shape:
-        known = _INDEXES[id(words)] = _Index(words, shape)
-    return known
-
-
-def _plan(words, weight, shape):
-    if words.is_inference() or weight.is_inference():  # no version counter: nothing may outlive the call
-        words = words.contiguous()
-        return _ext.extension().CpuMaskedLinearPlan(words.data_ptr(), *shape)
-    return _index(words, shape).plan_for(words, weight)
+# ---- cpu ----
 
 
 def _unit_rows(t):
@@ -192,7 +96,7 @@ def _cpu(x, weight, words, bias):
     rows = _unit_rows(x)
     y = rows.new_empty(rows.shape[0], shape[0])
     bias = bias.contiguous() if bias is not None else None
-    _plan(words, weight, shape).forward(
+    plan_of(words, weight, shape).forward(
         rows.data_ptr(),
         rows.stride(0),
         rows.shape[0],
@@ -210,7 +114,7 @@ def _cpu_backward(grad, x, weight, words, output_mask, watched=False):
         return _dense_backward(grad, x, weight, words, True, output_mask)
     weight = weight.contiguous()
     shape = tuple(weight.shape)
-    plan = _plan(words, weight, shape)
+    plan = plan_of(words, weight, shape)
     rows = _unit_rows(grad)
     inputs = _unit_rows(x) if output_mask[1] else None
     dx = grad.new_empty(*grad.shape[:-1], shape[1]) if output_mask[0] else _none(grad)
@@ -220,7 +124,7 @@ def _cpu_backward(grad, x, weight, words, output_mask, watched=False):
     elif words.is_inference() or weight.is_inference():  # the plan goes with this call
         dw = torch.empty(shape, dtype=torch.float32, device="cpu")
     else:
-        memory = _index(words, shape).gradient
+        memory = index_of(words, shape).gradient
         dw, is_zero = memory.lend(shape, plan)
     db = grad.new_empty(shape[0]) if output_mask[2] else _none(grad)
     plan.backward(
@@ -276,7 +180,7 @@ def _key(direction, t, weight, words, *extra):
         return None
     shape = tuple(weight.shape)
     try:
-        index = _index(words, shape)
+        index = index_of(words, shape)
         _ = weight._version
     except RuntimeError:  # inference tensors keep no version counter: nothing about them can be cached
         return None
