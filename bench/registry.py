@@ -1,4 +1,4 @@
-"""Which cases there are. What a case runs is in setups.py, found by the name of its op."""
+"""Which cases there are. What a case runs: setups.py, found by the name of its op."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ class Case:
         return text + (f" {self.direction}" if self.direction else "")
 
     def prepare(self, seed: int = 0):
-        """Allocates the inputs from `seed` and returns a setups.Work."""
+        """Allocates the inputs from `seed` and returns a setups_common.Work."""
         from sparselottery.bench import setups
 
         return setups.SETUPS[self.op](self, seed)

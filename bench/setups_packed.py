@@ -3,18 +3,19 @@
 import torch
 from torch.nn import functional as F
 
+from sparselottery.bench.setups_common import TOLERANCE, Candidate, Work, make_generator, our_candidates, random_mask
+
 
 def packed(case, seed):
     """`case.sizes`: (what, rows, columns), what one of "expand", "gather" and "layer" (forward and all gradients)."""
-    from sparselottery.bench import setups
     from sparselottery.ops import packed as op
     from sparselottery.ops import reference
     from sparselottery.ops.masked_linear import masked_linear
     from sparselottery.ops.packed_layers import packed_linear
 
     what, rows, columns = case.sizes
-    generator, dtype = setups._generator(case, seed), getattr(torch, case.dtype)
-    mask = setups._mask((rows, columns), case.density, generator)
+    generator, dtype = make_generator(case, seed), getattr(torch, case.dtype)
+    mask = random_mask((rows, columns), case.density, generator)
     words = reference.bitmask_pack(mask)
     dense = torch.randn(rows, columns, generator=generator, device=case.device).mul(columns**-0.5).to(dtype)
     values = dense[mask]
@@ -60,10 +61,10 @@ def packed(case, seed):
             y = F.linear(*wide)
             return packed_dw((y.detach(), *torch.autograd.grad(y, wide, grad.double())))
 
-        candidates = setups._ours(case, ours, lambda: packed_dw(ours(0)))
-        candidates |= {name: setups.Candidate(f, lambda f=f: packed_dw(f(0))) for name, f in plain.items()}
+        candidates = our_candidates(case, ours, lambda: packed_dw(ours(0)))
+        candidates |= {name: Candidate(f, lambda f=f: packed_dw(f(0))) for name, f in plain.items()}
         moved = 3 * kept * size + rows * columns / 8 + 2 * size * (x.numel() + grad.numel())
-        return setups.Work(candidates, expected_layer, setups.TOLERANCE[case.dtype], moved, 6.0 * kept * case.batch)
-    candidates = setups._ours(case, ours, lambda: [ours(0)])
-    candidates |= {name: setups.Candidate(f, lambda f=f: [f(0)]) for name, f in baselines.items()}
-    return setups.Work(candidates, lambda: [expected()], 0.0, moved)
+        return Work(candidates, expected_layer, TOLERANCE[case.dtype], moved, 6.0 * kept * case.batch)
+    candidates = our_candidates(case, ours, lambda: [ours(0)])
+    candidates |= {name: Candidate(f, lambda f=f: [f(0)]) for name, f in baselines.items()}
+    return Work(candidates, lambda: [expected()], 0.0, moved)

@@ -1,11 +1,13 @@
 """Masks with a structure, and the linear layers that have kernels of their own for them. What `linear` and `conv` of
-setups.py run for a case with a `structure`."""
+setups_layers.py run for a case with a `structure`."""
 
 import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from sparselottery.bench.setups_common import Candidate, random_mask
 
 
 def block_of(structure: str) -> tuple[int, int]:
@@ -17,14 +19,12 @@ def block_of(structure: str) -> tuple[int, int]:
 def mask(case, shape, generator) -> Tensor:
     """bool of a weight's shape: round(density * count) of its blocks at random places (a convolution's for each tap), or
     N random ones of every M neighbours in a row."""
-    from sparselottery.bench.setups import _mask
-
     if not case.structure.startswith("block:"):
         n, m = map(int, case.structure.split(":"))
         order = torch.rand(math.prod(shape) // m, m, generator=generator, device=generator.device).argsort(1)
         return (order < n).view(shape)
     rows, columns = block_of(case.structure)
-    live = _mask((-(-shape[0] // rows), -(-shape[1] // columns), *shape[2:]), case.density, generator)
+    live = random_mask((-(-shape[0] // rows), -(-shape[1] // columns), *shape[2:]), case.density, generator)
     return live.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]].contiguous()
 
 
@@ -34,12 +34,12 @@ def linear(case, seed):
 
 
 def _blocks(case, seed):
-    from sparselottery.bench.setups import Candidate, _layer, _layer_work
+    from sparselottery.bench.setups_layers import draw_layer, layer_work
     from sparselottery.ops import reference
     from sparselottery.ops.block_linear import block_linear
 
     inputs, outputs = case.sizes
-    sets, keep, words, draw = _layer(case, seed, (outputs, inputs), (case.batch, inputs), inputs)
+    sets, keep, words, draw = draw_layer(case, seed, (outputs, inputs), (case.batch, inputs), inputs)
     factor, block = keep.to(sets[0][0].dtype), block_of(case.structure)
 
     def ours(x, weight, bias):
@@ -64,17 +64,17 @@ def _blocks(case, seed):
         return {"torch BSR": Candidate(run, lambda: [run(0)])}
 
     baselines = {"dense": F.linear, "prune-style": lambda x, weight, bias: F.linear(x, weight * factor, bias)}
-    return _layer_work(case, sets, keep, draw, ours, baselines, plain, by_hand)
+    return layer_work(case, sets, keep, draw, ours, baselines, plain, by_hand)
 
 
 def _n_of_m(case, seed):
     import sparselottery as sl
-    from sparselottery.bench.setups import Candidate, _layer, _layer_work
+    from sparselottery.bench.setups_layers import draw_layer, layer_work
     from sparselottery.nn import semi_structured
     from sparselottery.ops import reference
 
     inputs, outputs = case.sizes
-    sets, keep, words, draw = _layer(case, seed, (outputs, inputs), (case.batch, inputs), inputs)
+    sets, keep, words, draw = draw_layer(case, seed, (outputs, inputs), (case.batch, inputs), inputs)
     layers = []
     for _, weight, bias in sets:
         layer = sl.MaskedLinear(inputs, outputs, mask=keep, device=case.device, dtype=weight.dtype)
@@ -102,4 +102,4 @@ def _n_of_m(case, seed):
 
         return {"torch semi-structured": Candidate(run, lambda: [run(0)])}
 
-    return _layer_work(case, sets, keep, draw, ours, {"dense": F.linear}, plain, by_hand)
+    return layer_work(case, sets, keep, draw, ours, {"dense": F.linear}, plain, by_hand)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparselottery.bench import memory, registry, report, run, setups, timing, verify
+from sparselottery.bench import memory, registry, report, run, setups, setups_layers, setups_masks, timing, verify
 
 
 def test_percentiles():
@@ -78,7 +78,9 @@ def test_compare_wants_the_same_shapes_and_counts():
 
 
 def exact(values, kept, threshold, keep):
-    return setups.is_exact_topk([torch.tensor(v) for v in values], [torch.tensor(k) for k in kept], threshold, keep)
+    return setups_masks.is_exact_topk(
+        [torch.tensor(v) for v in values], [torch.tensor(k) for k in kept], threshold, keep
+    )
 
 
 def test_proof_of_an_exact_selection():
@@ -189,7 +191,7 @@ def test_a_csv_that_cannot_be_written_is_told_in_one_line(small, tmp_path, capsy
 
 
 def test_no_speedup_is_told_for_a_red_case(small, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(setups, "TOLERANCE", dict.fromkeys(setups.TOLERANCE, -1.0))
+    monkeypatch.setattr(setups_layers, "TOLERANCE", dict.fromkeys(setups_layers.TOLERANCE, -1.0))
     result = run.run(["linear"], full=True, seconds=0.01, progress=print)
     assert result["rows"] and all(row["speedup"] is None and row["parity"] is False for row in result["rows"])
     said = capsys.readouterr().out

@@ -23,7 +23,6 @@ OP = "masked_linear"
 
 # Where no sparse backend has ever won: not worth a measurement.
 _SMALLEST = 4096  # weights
-_DENSEST = 0.7
 _MOST = 2**32  # weights that the CPU index can number
 
 LIBRARY.define("masked_linear(Tensor x, Tensor weight, Tensor words, Tensor? bias, bool premasked) -> Tensor")
