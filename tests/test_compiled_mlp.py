@@ -79,6 +79,76 @@ def test_changed_weights_and_masks_are_seen():
         torch.testing.assert_close(compiled(x), in_double(model, x).float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, sl.optim.Adam])
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_steps_of_optimizers_are_seen(optimizer, options, density):
+    x = torch.randn(9, 35)
+    compiled = pickle.loads(pickle.dumps(CompiledMLP(network(density).requires_grad_())))
+    stepping = optimizer(compiled.parameters(), lr=0.1, **options)
+    for _ in range(2):
+        with torch.no_grad():
+            compiled(x)
+        compiled(x).square().sum().backward()
+        stepping.step()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), in_double(compiled.network, x).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_changed_network_is_seen():
+    x = torch.randn(9, 35)
+    compiled = CompiledMLP(nn.Sequential(network(), nn.Sequential(nn.Identity())).requires_grad_(False))
+    for change in (
+        lambda: None,
+        lambda: setattr(compiled.network[1], "0", nn.Linear(7, 7).requires_grad_(False)),
+        lambda: compiled.network[1].append(nn.ReLU()),
+        lambda: compiled.network.append(nn.Tanh()),
+        lambda: setattr(compiled, "network", network(0.5)),
+    ):
+        change()
+        torch.testing.assert_close(compiled(x), in_double(compiled.network, x).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_and_forwards_that_come_later_are_called():
+    compiled, x, calls = CompiledMLP(network()), torch.randn(9, 35), []
+
+    def note(*_):
+        calls.append(1)
+
+    compiled(x)
+    for register in (compiled.network[2].register_forward_hook, compiled.network.register_forward_pre_hook):
+        handle = register(note)
+        compiled(x)
+        handle.remove()
+    assert len(calls) == 2
+    handle = nn.modules.module.register_module_forward_hook(note)
+    compiled(x)
+    handle.remove()
+    assert len(calls) == 2 + 1 + 6
+    compiled.network[1].forward = torch.zeros_like
+    torch.testing.assert_close(compiled(x), compiled.network(x))
+
+
+@pytest.mark.parametrize("density", [0.2, 0.8])
+def test_parameters_lent_by_functional_call(density):
+    compiled, x = CompiledMLP(network(density)), torch.randn(9, 35)
+    lent = {"network.0.weight": nn.Parameter(torch.randn(50, 35), requires_grad=False)}
+    before = lent["network.0.weight"].clone()
+    expected = torch.func.functional_call(compiled.network, {"0.weight": before}, (x,))
+    y = torch.func.functional_call(compiled, lent, (x,))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(lent["network.0.weight"], before)
+
+
+def test_forward_derivatives_and_sparse_inputs():
+    compiled, x = CompiledMLP(network(1.0)), torch.randn(9, 35)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.randn(9, 35))
+        tangent = torch.autograd.forward_ad.unpack_dual(compiled(dual)).tangent
+        assert torch.equal(tangent, torch.autograd.forward_ad.unpack_dual(compiled.network(dual)).tangent)
+    torch.testing.assert_close(compiled(x.to_sparse_csr()), compiled(x), rtol=1e-5, atol=1e-5)
+
+
 def test_modules_run_where_cpp_cannot():
     compiled = CompiledMLP(network())
     x = torch.randn(4, 35)

@@ -7,9 +7,12 @@ import itertools
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .. import _ext
 from ..ops import bitmask, dispatch
+from ..ops.masked_optim import increment_version
 from .linear import MaskedLinear
 
 # LeNet-300-100, batch 60, one thread of an EPYC (Zen 4): survivors take 759 us a step at 0.5, dense 824; 939 at 0.6.
@@ -99,21 +102,23 @@ def make_network(layers: list[tuple[nn.Linear, bool]], **options):
     rows, keep = [], []
     for linear, relu in layers:
         words = 0
+        weight = linear.weight
         if isinstance(linear, MaskedLinear):
-            linear._premasked()  # zeros where the mask is, whoever wrote last
-            keep.append(linear.weight_mask.contiguous())
+            if not linear._premasked():  # lent by functional_call: as it comes, and not to be written to
+                weight = torch.where(bitmask.unpack(linear.weight_mask, weight.shape), weight.detach(), 0.0)
+            keep += [weight, linear.weight_mask.contiguous()]
             words = keep[-1].data_ptr()
         bias = 0 if linear.bias is None else linear.bias.data_ptr()
-        rows.append((linear.out_features, linear.in_features, linear.weight.data_ptr(), words, bias, relu))
+        rows.append((linear.out_features, linear.in_features, weight.data_ptr(), words, bias, relu))
     return _ext.extension().CpuMlp(rows, densest=DENSEST, **options)
 
 
 class CompiledMLP(nn.Module):
     """A network of linear layers and ReLU for inference, run as one call into C++ where that is possible.
 
-    Where it is not (another dtype or device, gradients, tracing), `network` runs through its modules. The weights in C++ are
-    copies, made anew when a parameter changed; a write through `.data` is not noticed. `state_dict` holds those of `network`
-    under "network."; pickling keeps the modules alone.
+    Where it is not (another dtype or device, gradients, tracing, hooks), `network` runs through its modules. The weights in
+    C++ are copies, made anew when a parameter or the network itself changed; a write through `.data` is not noticed.
+    `state_dict` holds those of `network` under "network."; pickling keeps the modules alone.
 
     Args:
         network: an nn.Sequential of nn.Flatten, nn.Linear, MaskedLinear and nn.ReLU, on the CPU in float32.
@@ -131,11 +136,12 @@ class CompiledMLP(nn.Module):
             raise ValueError(f"network: expected linear layers and ReLU alone, got {layers}")
         self.network = network
         self._compiled = None
+        _watch()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._may_compile(x):
             return self.network(x)
-        if self._compiled is None or self._compiled.stamp != _stamp(self._compiled.layers):
+        if self._compiled is None or not self._compiled.is_current(self.network):
             layers = layers_of(self.network)
             if isinstance(layers, str):
                 return self.network(x)
@@ -158,6 +164,7 @@ class CompiledMLP(nn.Module):
             type(x) is Tensor
             and x.dtype is torch.float32
             and x.is_cpu
+            and x.layout is torch.strided
             and x.ndim >= 2
             and x.numel() > 0
             and not torch.compiler.is_compiling()
@@ -165,33 +172,70 @@ class CompiledMLP(nn.Module):
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._len_torch_dispatch_stack()
             and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
+            and not has_global_hooks()
             and dispatch.forced() in (None, "cpu")
         )
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_compiled": None}  # also what copy.deepcopy goes by
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        _watch()
+
 
 class _Compiled:
     """The network in C++, and what its weights were when it was made."""
 
     def __init__(self, model, layers):
-        self.layers = layers
+        self.model, self.layers = model, layers
         self.network = make_network(layers)
-        self.stamp = _stamp(layers)
+        self.stamp, self.tensors = _stamp(layers), _tensors(layers)  # kept: their ids are nobody else's meanwhile
+        self.modules = list(model.modules())
+        self.children = [(m._modules, [*m._modules.values()]) for m in self.modules if m._modules]
         self.flattens = any(isinstance(module, nn.Flatten) for module in model.modules())
         self.features, self.outputs = layers[0][0].in_features, layers[-1][0].out_features
+
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether the model still is what it was made from: its modules, weights and masks, and no hook has come."""
+        return (
+            model is self.model
+            and all([*modules.values()] == before for modules, before in self.children)
+            and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self.modules)
+            and self.stamp == _stamp(self.layers)
+        )
 
     def wants_gradients(self) -> bool:
         return any(p is not None and p.requires_grad for linear, _ in self.layers for p in linear._parameters.values())
 
 
-def _stamp(layers) -> list[tuple[int, int, int]] | None:
-    """Changes whenever a weight, bias or mask does; None where tensors have no version (inference mode)."""
-    tensors = [
+def _tensors(layers) -> list[Tensor]:
+    return [
         t for linear, _ in layers for t in (*linear._parameters.values(), *linear._buffers.values()) if t is not None
     ]
+
+
+def _stamp(layers) -> list[tuple[int, int, int]] | None:
+    """Changes whenever a weight, bias or mask does; None where tensors have no version (inference mode)."""
     try:
-        return [(id(t), t._version, t.data_ptr()) for t in tensors]
+        return [(id(t), t._version, t.data_ptr()) for t in _tensors(layers)]
     except RuntimeError:
         return None
+
+
+_watching = False
+
+
+def _watch() -> None:
+    """Torch's fused optimizers write without a new version: give their parameters one. Once per process."""
+    global _watching
+    if not _watching:
+        register_optimizer_step_post_hook(_after_step)
+        _watching = True
+
+
+def _after_step(optimizer: Optimizer, args, kwargs) -> None:
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            increment_version([p for p in group["params"] if p.is_cpu and not p.is_inference()])
