@@ -1,11 +1,8 @@
-"""csrc/cuda/*.cu executed on the CPU (tests/host_cuda), bit for bit against ops/reference.py; and the harness itself."""
+"""csrc/cuda/*.cu executed on the CPU (tests/host_cuda), bit for bit against ops/reference.py."""
 
 import ctypes
 import importlib.util
 import math
-import os
-import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +40,6 @@ def kernels():
         "sl_topk_scratch": [ctypes.c_int, i64, pointer],
         "sl_topk_capture": [pointer, i64, pointer, pointer],
         "sl_replay": [],
-        "sl_broken": [ctypes.c_char_p, pointer],
     }.items():
         getattr(library, name).argtypes = arguments
         getattr(library, name).restype = ctypes.c_char_p
@@ -500,81 +496,3 @@ def test_topk_any_list(kernels, data):
     allowed = sum(t.numel() for t in tensors) if eligible is None else sum(int(e.sum()) for e in eligible)
     keep = data.draw(st.integers(0, allowed))
     check_topk(kernels, tensors, keep, eligible, data.draw(st.booleans()), data.draw(st.booleans()))
-
-
-# ---- the harness ----
-
-
-@pytest.mark.parametrize(
-    "name, says",
-    [
-        ("divergent_shuffle", "a kernel hangs: 32 of 64 threads wait"),
-        ("mixed_collectives", "lanes of one warp met different collectives"),
-        ("half_a_barrier", "a kernel hangs: 32 of 64 threads wait"),
-        ("partial_mask", "a partial lane mask"),
-    ],
-)
-def test_harness_reports_what_is_undefined_on_a_gpu(kernels, name, says):
-    with pytest.raises(RuntimeError, match=says):
-        kernels("sl_broken", name.encode(), np.zeros(64, dtype=np.int32))
-    out = np.zeros(64, dtype=np.int32)  # and goes on afterwards
-    kernels("sl_broken", b"with_barrier", out)
-    assert out.tolist() == [(i + 1) % 64 for i in range(64)]
-
-
-def test_harness_shared_memory_starts_as_garbage(kernels):
-    out = np.zeros(64, dtype=np.int32)
-    kernels("sl_broken", b"reads_shared_unwritten", out)
-    assert (out == -1515870811).all()  # 0xa5a5a5a5
-
-
-def test_harness_sees_a_missing_barrier(kernels):
-    out = np.zeros(64, dtype=np.int32)
-    kernels("sl_broken", b"without_barrier", out)
-    assert out.tolist() != [(i + 1) % 64 for i in range(64)]
-
-
-# ---- ThreadSanitizer: one host thread per CUDA thread ----
-
-CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
-# Orders what the blocks of a grid write before the ticket that tells them apart; here blocks run one after another.
-BETWEEN_BLOCKS = "what this block wrote, before its ticket"
-
-
-ELSEWHERE = {"decode_linear.cu"}  # test_host_cuda_decode.py takes out its barriers
-
-
-def barriers():
-    for path in sorted(CUDA_SOURCES.glob("*.cu*")):
-        if path.name in ELSEWHERE:
-            continue
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if re.search(r"__sync(threads|warp)\(\)", line) and BETWEEN_BLOCKS not in line:
-                yield f"{path.name}:{number}"
-
-
-@pytest.fixture(scope="module")
-def race_check():
-    """Runs the check, without one barrier if told so; returns the exit status and what was printed."""
-    program = load_builder().build(
-        "race_check.cpp", "-O1", "-fsanitize=thread", "-DHOST_CUDA_THREADS", "-DSL_SAMPLE_ABOVE=512"
-    )
-
-    def run(without=""):
-        environment = os.environ | {"HOST_CUDA_DROP_BARRIER": without, "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
-        done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300, check=False)
-        return done.returncode, done.stdout + done.stderr
-
-    return run
-
-
-def test_no_races(race_check):
-    status, output = race_check()
-    assert status == 0, output
-
-
-@pytest.mark.parametrize("site", list(barriers()))
-def test_every_barrier_is_needed(race_check, site):
-    """Without any one of its barriers a kernel has a data race, and this harness sees it."""
-    status, output = race_check(without=site)
-    assert status == 66 and "data race" in output, f"{status}\n{output}"

@@ -1,4 +1,4 @@
-// csrc/cuda on host fibers as a shared library, for tests/test_host_cuda.py (ctypes). Every function returns the
+// csrc/cuda on host fibers as a shared library, for tests/test_host_cuda*.py (ctypes). Every function returns the
 // message of what it threw, or null.
 #include <string>
 #include <vector>
