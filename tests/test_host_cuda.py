@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparselottery import _ext
 from sparselottery._ext import DTYPE_CODES
 from sparselottery.ops import bitmask, global_topk, reference
 
@@ -443,6 +444,7 @@ class OnTheHost:
 @pytest.fixture
 def on_the_host(kernels, monkeypatch):
     library = OnTheHost(kernels)
+    monkeypatch.setattr(_ext, "why_no_cuda", lambda device: None)
     monkeypatch.setattr(bitmask, "extension", lambda: library)
     monkeypatch.setattr(global_topk, "extension", lambda: library)
     monkeypatch.setattr(bitmask, "stream_of", lambda tensor: OnTheHost.STREAM)
