@@ -176,6 +176,22 @@ def test_an_interruption_leaves_the_model_as_the_last_step_left_it(monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e6, 1e30])
+def test_losses_of_large_outputs_are_exact(shift):
+    """exp overflows, and beside an output of 1e6 float32 has no place for a loss of 0.69: the largest is taken off first."""
+    model = network(widths=(37, 5))
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.copy_(torch.tensor([0.0, 0.0, -1e3, -1e3, -float("inf")]) + shift)
+    x, _ = data()
+    y = torch.arange(len(x)) % 2
+    expected = F.cross_entropy(model.double()(x.double()), y).item()
+    trainer = sl.Trainer((x, y), (x, y), budget=1, optimizer="sgd", lr=0.0)
+    record = trainer.fit(model.float(), seed=0).records[-1]
+    assert record.train_loss == pytest.approx(expected, rel=1e-6)
+    assert record.validation_loss == pytest.approx(expected, rel=1e-6)
+
+
 def test_what_is_not_a_number_is_not_hidden():
     x, y = data()
     x[5] = float("nan")

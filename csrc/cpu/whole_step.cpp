@@ -230,7 +230,7 @@ struct Mlp::Impl {
         for (int64_t c = 0; c < classes(); c++) gradient[c * lanes + b] *= scale / sum;
         gradient[label[b] * lanes + b] -= scale;
       }
-      total += std::log(sum) + largest - z[label[b] * lanes + b];
+      total += std::log(sum) - (z[label[b] * lanes + b] - largest);  // large outputs must not swallow the logarithm
       if (right != nullptr) *right += best == label[b];
     }
     if (gradient != nullptr) {
