@@ -198,6 +198,12 @@ def test_what_it_is_not_made_for():
             CompiledMLP(model)
 
 
+def test_explain_says_cpp_only_where_it_runs():
+    compiled = CompiledMLP(network())
+    assert [row.backend for row in sl.explain(compiled).rows] == ["cpu"] * 3
+    assert all("C++" not in row.note for row in sl.explain(compiled.double()).rows)
+
+
 @pytest.mark.parametrize("fastest", ["compiled", "dense"])
 def test_compress_takes_it_where_it_was_fastest(monkeypatch, fastest):
     def measure(candidates):

@@ -192,6 +192,24 @@ def test_losses_of_large_outputs_are_exact(shift):
     assert record.validation_loss == pytest.approx(expected, rel=1e-6)
 
 
+def test_ctrl_c_waits_for_so_much_work_and_no_longer(monkeypatch):
+    run, calls = whole_step.WholeStep.run, []
+
+    def noted(self, order, factors):
+        calls.append(len(factors))
+        run(self, order, factors)
+
+    monkeypatch.setattr(whole_step.WholeStep, "run", noted)
+    monkeypatch.setattr(whole_step, "WORK", 10 * 60 * 37 * 5)
+    trainer = sl.Trainer(data(600), batch_size=60, budget="4ep", evaluate_every=15)
+    trainer.fit(network(widths=(37, 5)), seed=0)
+    assert sum(calls) == 40 and max(calls) == 10
+    calls.clear()
+    monkeypatch.setattr(whole_step, "WORK", 1)
+    trainer.fit(network(widths=(37, 5)), seed=0)
+    assert calls == [1] * 40
+
+
 def test_what_is_not_a_number_is_not_hidden():
     x, y = data()
     x[5] = float("nan")

@@ -9,7 +9,7 @@ from .. import kernels
 from ..ops import block_linear, dispatch
 from ..ops.masked_conv2d import live_bucket
 from . import semi_structured
-from .compiled_mlp import CompiledMLP
+from .compiled_mlp import CompiledMLP, layers_of
 from .convert import left_dense
 from .decode import DecodeLinear
 from .invariant import MaskedWeight
@@ -93,7 +93,12 @@ def explain(model: nn.Module) -> Explanation:
     reasons = left_dense(model)  # raises for what is not a module
     measured = dispatch.table()
     rows = []
-    whole = {id(part) for network in model.modules() if isinstance(network, CompiledMLP) for part in network.modules()}
+    whole = {
+        id(part)
+        for network in model.modules()
+        if isinstance(network, CompiledMLP) and not isinstance(layers_of(network.network), str)
+        for part in network.modules()
+    }
     for name, module in model.named_modules():
         if id(module) in whole and isinstance(module, nn.Linear):
             rows.append(

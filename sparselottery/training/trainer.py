@@ -39,8 +39,10 @@ class Trainer:
         evaluate_test: "always", or "improved": only where validation loss is a new minimum, and at the end. The latter
             saves most of the time that evaluation takes and leaves `test_accuracy` None elsewhere.
         loss: `loss(output, y) -> scalar`, a mean over examples. evaluation_batch: examples in a forward pass of evaluation.
-        whole_step: train networks of linear layers and ReLU on a CPU in C++, several times faster than through their modules;
-            `why_not_whole_step(model)` says where that does not apply. Losses are the same up to rounding.
+        whole_step: train networks of linear layers and ReLU on a CPU in C++; `why_not_whole_step(model)` says where that does
+            not apply. Losses are the same up to rounding. Faster the sparser and smaller the network is (a network like
+            LeNet-300-100: several times). Forward and backward take one thread, so that a dense network of millions of
+            weights, or large batches of one, may train faster through its modules on many: False does that.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.

@@ -21,7 +21,8 @@ from ..nn.linear import MaskedLinear
 from ..ops import dispatch
 from ..ops.masked_optim import increment_version
 
-LONGEST = 500  # steps before Python looks for Ctrl-C
+# Before Python looks for Ctrl-C: steps, and multiply-adds forward by a network without a mask (about a second in all).
+LONGEST, WORK = 500, 8 * 10**9
 # Where there are no vectors of eight, a library's dense product is far ahead: only what is mostly gone is worth it.
 _DENSEST_PORTABLE = 0.2
 
@@ -92,7 +93,7 @@ class WholeStep:
         model: an nn.Sequential. optimizer: a new optimizer of `sl.optim` over its parameters, whose options are read.
     """
 
-    longest = LONGEST  # steps in one call of `run`
+    longest = 1  # steps in one call of `run`: more once a minibatch was seen
     masks_weights = True
 
     def __init__(self, model: nn.Sequential, optimizer: torch.optim.Optimizer, data: dict[str, tuple[Tensor, Tensor]]):
@@ -127,6 +128,8 @@ class WholeStep:
         batch = len(order) // len(factors)
         rates = [self.rate * factor for factor in factors]
         self.total += self.network.train(x.data_ptr(), x.stride(0), y.data_ptr(), order.data_ptr(), batch, rates)
+        weights = sum(linear.in_features * linear.out_features for linear, _ in self.layers)
+        self.longest = max(1, min(LONGEST, WORK // (batch * weights)))
 
     def take_loss(self) -> float:
         """The sum of the minibatches' mean losses since the last call."""
