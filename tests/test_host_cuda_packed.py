@@ -196,6 +196,7 @@ class OnTheHost:
 @pytest.fixture
 def on_the_host(kernels, monkeypatch):
     library = OnTheHost(kernels)
+    monkeypatch.setattr(packed._ext, "why_no_cuda", lambda device: None)
     monkeypatch.setattr(packed, "extension", lambda: library)
     monkeypatch.setattr(bitmask, "stream_of", lambda tensor: OnTheHost.STREAM)
 

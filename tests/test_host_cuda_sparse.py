@@ -126,11 +126,11 @@ def test_the_index_is_made_once_per_mask(host):
 
 def test_where_it_is_a_candidate(monkeypatch):
     class Cuda:
-        is_cuda, dtype = True, torch.float32
+        is_cuda, dtype, device = True, torch.float32, torch.device("cuda", 0)
 
-    monkeypatch.setattr(sparse_linear._ext, "_C", object())
-    assert not sparse_linear.takes(Cuda, 0.1)  # not built with nvcc
-    monkeypatch.setattr(sparse_linear._ext, "_C", type("C", (), {"cuda_sparse_linear_product": 1}))
+    monkeypatch.setattr(sparse_linear._ext, "why_no_cuda", lambda device: "not built with nvcc")
+    assert not sparse_linear.takes(Cuda, 0.1)
+    monkeypatch.setattr(sparse_linear._ext, "why_no_cuda", lambda device: None)
     assert sparse_linear.takes(Cuda, 0.1) and not sparse_linear.takes(Cuda, 0.5)
     assert not sparse_linear.takes(torch.ones(2), 0.1)
     calls = [lambda name=name: name for name in ("dense", "cpu", "triton", "reference", "bf16x6", "cuda")]
