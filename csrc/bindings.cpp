@@ -368,5 +368,23 @@ PYBIND11_MODULE(_C, m) {
                                     as<const float>(x), as<const float>(bias), rows, columns, batch, as<float>(target),
                                     as<void>(stream));
   });
+  m.def("cuda_sparse_linear_half_fill",
+        [](uintptr_t weight, uintptr_t words, uintptr_t columns, uintptr_t strips, uintptr_t order, uintptr_t starts,
+           int64_t groups, int64_t weight_columns, bool transposed, uintptr_t values, uintptr_t stream) {
+          const sl::cuda::HalfIndex index{as<const int32_t>(columns), as<const int32_t>(strips),
+                                          as<const int32_t>(order), as<const int32_t>(starts), groups};
+          sl::cuda::sparse_linear_half_fill(as<const uint16_t>(weight), as<const uint32_t>(words), index,
+                                            weight_columns, transposed, as<uint16_t>(values), as<void>(stream));
+        });
+  m.def("cuda_sparse_linear_half_product",
+        [](int dtype, uintptr_t columns, uintptr_t strips, uintptr_t order, uintptr_t starts, int64_t groups,
+           uintptr_t values, uintptr_t x, uintptr_t bias, int64_t rows, int64_t inputs, int64_t batch,
+           int64_t padded_batch, uintptr_t y, uintptr_t stream) {
+          const sl::cuda::HalfIndex index{as<const int32_t>(columns), as<const int32_t>(strips),
+                                          as<const int32_t>(order), as<const int32_t>(starts), groups};
+          sl::cuda::sparse_linear_half_product(static_cast<sl::DType>(dtype), index, as<const uint16_t>(values),
+                                               as<const uint16_t>(x), as<const uint16_t>(bias), rows, inputs, batch,
+                                               padded_batch, as<uint16_t>(y), as<void>(stream));
+        });
 #endif
 }

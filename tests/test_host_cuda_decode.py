@@ -38,7 +38,7 @@ def kernels():
     i64, pointer, i32 = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     for name, arguments in {
         "sl_decode": [pointer, i32, pointer, pointer, pointer, i64, i32],
-        "sl_ldmatrix": [pointer] * 3,
+        "sl_ldmatrix": [pointer, pointer, ctypes.c_bool, pointer],
         "sl_mma": [i32] + [pointer] * 3,
         "sl_copy_later": [pointer] * 2,
         "sl_convert": [i32] + [pointer] * 4 + [i64] * 2,
@@ -263,20 +263,22 @@ def test_calls_of_the_op(kernels, monkeypatch, format):
 # ---- the wrappers against the manual ----
 
 
-def test_ldmatrix(kernels):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ldmatrix(kernels, transposed):
     """ "Matrix Load Instruction: ldmatrix": lane 8 m + r names row r of matrix m; lane l holds elements 2 (l % 4), + 1 of
-    row l / 4 of matrix m in register m."""
+    row l / 4 of matrix m in register m; with .trans, of its column l / 4."""
     elements = np.arange(1024, dtype=np.uint16)
     offsets = (np.random.default_rng(0).permutation(128)[:32] * 8).astype(np.int32)
     out = np.zeros((32, 4), dtype=np.uint32)
-    kernels("sl_ldmatrix", elements, offsets, out)
+    kernels("sl_ldmatrix", elements, offsets, transposed, out)
     for lane in range(32):
         for m in range(4):
-            row = elements[offsets[8 * m + lane // 4] :][:8]
+            matrix = np.stack([elements[first : first + 8] for first in offsets[8 * m : 8 * m + 8]])
+            row = (matrix.T if transposed else matrix)[lane // 4]
             low, high = row[2 * (lane % 4)], row[2 * (lane % 4) + 1]
             assert out[lane, m] == int(low) | int(high) << 16
     with pytest.raises(RuntimeError, match="not aligned to 16 bytes"):
-        kernels("sl_ldmatrix", elements, offsets + 1, out)
+        kernels("sl_ldmatrix", elements, offsets + 1, transposed, out)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ["80", "90a"]
-TENSOR_CORES = {"tiles": "HMMA"}  # kernel -> the instruction that its product must be made of
+TENSOR_CORES = {"tiles": "HMMA", "product_half": "HMMA"}  # kernel -> the instruction that its product must be made of
 
 
 def find_nvcc() -> str | None:

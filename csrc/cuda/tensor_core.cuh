@@ -64,6 +64,19 @@ __device__ inline void ldmatrix(uint32_t (&to)[4], const void* row) {
 #endif
 }
 
+// The same of matrices that lie transposed: to[m] holds the elements of column lane / 4 in rows 2 (lane % 4) and
+// 2 (lane % 4) + 1.
+__device__ inline void ldmatrix_transposed(uint32_t (&to)[4], const void* row) {
+#ifdef __CUDA_ARCH__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#elif defined(HOST_CUDA)
+  host_cuda::ldmatrix_transposed(to, row);
+#endif
+}
+
 // c += a b for a 16 x 16 and b 16 x 8 matrix of 16-bit floats, c in float32. With g = lane / 4 and t = lane % 4 a lane
 // holds a[0]: row g, columns 2 t and 2 t + 1; a[1]: row g + 8; a[2], a[3]: the same rows, columns 2 t + 8 and
 // 2 t + 9; b[0]: rows 2 t and 2 t + 1 of column g; b[1]: rows 2 t + 8 and 2 t + 9; c[0], c[1]: row g, columns 2 t and

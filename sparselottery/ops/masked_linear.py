@@ -2,7 +2,7 @@
 
 Source: the subnetwork f(x; m∘θ) of Frankle & Carbin 2019, section 1. Backends: reference; dense (the library's matmul, the
 mask applied to dW in place); cpu (csrc/cpu/masked_linear.cpp, float32, unstructured sparse); triton; bf16x6 (fp32_linear.py,
-where it is allowed); cuda (sparse_linear.py, float32 of high sparsity). `dispatch` chooses.
+where it is allowed); cuda (sparse_linear.py, masks of high sparsity). `dispatch` chooses.
 
 A weight off the mask counts as +0 whatever it holds, NaN and inf too. Where x or dY holds inf or NaN, a sparse backend
 leaves out the products with dead weights that a dense one turns into NaN.

@@ -382,6 +382,19 @@ inline void ldmatrix(uint32_t (&to)[4], const void* row) {
   for (unsigned m = 0; m < 4; ++m) std::memcpy(&to[m], reinterpret_cast<const char*>(mine[m]) + lane() % 4 * 4, 4);
 }
 
+inline void ldmatrix_transposed(uint32_t (&to)[4], const void* row) {
+  check_aligned(row, "ldmatrix of a row that is not aligned to 16 bytes");
+  const auto* rows = gather(kMatrix, ~0u, reinterpret_cast<uintptr_t>(row));
+  for (unsigned m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (unsigned i = 0; i < 2; ++i) {
+      const uintptr_t from = rows[8 * m + 2 * (lane() % 4) + i].load(std::memory_order_relaxed);
+      std::memcpy(&pair[i], reinterpret_cast<const char*>(from) + lane() / 4 * 2, 2);
+    }
+    to[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+  }
+}
+
 // `low` and `high` are the floats of the two 16-bit numbers in a word.
 template <class Low, class High>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const Low& low, const High& high) {

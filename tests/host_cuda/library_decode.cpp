@@ -25,13 +25,17 @@ const char* guarded(const F& f) {
 }
 
 // One warp; lane l reads the row that starts at element offsets[l] of 1024 in shared memory.
-__global__ void load_matrices(const uint16_t* in, const int32_t* offsets, uint32_t* out) {
+__global__ void load_matrices(const uint16_t* in, const int32_t* offsets, bool transposed, uint32_t* out) {
   DYNAMIC_SHARED(unsigned char, shared);
   uint16_t* const elements = reinterpret_cast<uint16_t*>(shared);
   for (int i = static_cast<int>(threadIdx.x); i < 1024; i += 32) elements[i] = in[i];
   __syncthreads();
   uint32_t to[4];
-  sl::cuda::ldmatrix(to, elements + offsets[threadIdx.x]);
+  if (transposed) {
+    sl::cuda::ldmatrix_transposed(to, elements + offsets[threadIdx.x]);
+  } else {
+    sl::cuda::ldmatrix(to, elements + offsets[threadIdx.x]);
+  }
   for (int m = 0; m < 4; ++m) out[threadIdx.x * 4 + m] = to[m];
 }
 
@@ -92,8 +96,8 @@ const char* sl_decode(const int64_t* weight, int dtype, const void* x, const voi
 
 int64_t sl_max_columns() { return sl::cuda::decode_linear_max_columns(); }
 
-const char* sl_ldmatrix(const uint16_t* in, const int32_t* offsets, uint32_t* out) {
-  return guarded([&] { sl::cuda::launch(load_matrices, 1, 32, 2048, nullptr, in, offsets, out); });
+const char* sl_ldmatrix(const uint16_t* in, const int32_t* offsets, bool transposed, uint32_t* out) {
+  return guarded([&] { sl::cuda::launch(load_matrices, 1, 32, 2048, nullptr, in, offsets, transposed, out); });
 }
 
 const char* sl_mma(int dtype, const uint32_t* a, const uint32_t* b, float* c) {
