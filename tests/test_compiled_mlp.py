@@ -58,6 +58,14 @@ def test_inputs_of_any_shape_and_strides(x):
     torch.testing.assert_close(CompiledMLP(model)(x), in_double(model, x).float(), rtol=1e-5, atol=1e-5)
 
 
+def test_negative_views():
+    model, x = network(1.0), torch.randn(6, 35)
+    torch.testing.assert_close(CompiledMLP(model)(torch._neg_view(x)), model(-x), rtol=1e-5, atol=1e-5)
+    compiled = CompiledMLP(model)
+    model[0].weight = nn.Parameter(torch._neg_view(model[0].weight.detach().clone()), requires_grad=False)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_images_are_flattened():
     model, x = network(flatten=True), torch.randn(6, 5, 7)
     torch.testing.assert_close(CompiledMLP(model)(x), in_double(model, x).float(), rtol=1e-5, atol=1e-5)

@@ -257,6 +257,10 @@ def test_why_not():
     one_memory = nn.Sequential(nn.Linear(37, 37), nn.Linear(37, 37), nn.Linear(37, 5))
     one_memory[1].weight.data = one_memory[0].weight.data
     assert "share a parameter" in reason(one_memory)
+    lent, masked = network(), sl.MaskedLinear(37, 50)
+    masked.set_mask(torch.rand(50, 37) < 0.2)
+    masked.weight = lent[1].weight
+    assert "a layer elsewhere masks" in reason(lent)
     packed = sl.pack(network(0.3))
     assert "PackedLinear" in reason(packed)
 
@@ -281,6 +285,12 @@ def test_parameters_that_are_smaller_than_the_layer_says_go_through_the_modules(
 def test_a_forced_backend_is_honoured(monkeypatch):
     monkeypatch.setenv("SPARSELOTTERY_BACKEND", "dense")
     assert "SPARSELOTTERY_BACKEND=dense" in sl.Trainer(data()).why_not_whole_step(network())
+
+
+def test_negative_views():
+    x, y = data()
+    negative = sl.Trainer((torch._neg_view(x), y), budget=5).fit(network(), seed=0)
+    assert negative.records == sl.Trainer((-x, y), budget=5).fit(network(), seed=0).records
 
 
 def test_errors_are_those_of_the_optimizer():

@@ -53,8 +53,8 @@ def layers_of(model: nn.Module) -> list[tuple[nn.Linear, bool]] | str:
                 continue
             if type(p) is not nn.Parameter or p.dtype is not torch.float32 or not p.is_cpu or not p.is_contiguous():
                 return "a parameter that is no contiguous float32 tensor on the CPU"
-            if p.is_inference() or p.numel() == 0:
-                return "a parameter that is empty or made in inference mode"
+            if p.is_inference() or p.numel() == 0 or p.is_neg():
+                return "a parameter that is empty, a negative view or made in inference mode"
     return layers
 
 
@@ -174,6 +174,7 @@ class CompiledMLP(nn.Module):
             and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
             and not has_global_hooks()
+            and not x.is_neg()  # not before is_compiling: dynamo cannot trace it
             and dispatch.forced() in (None, "cpu")
         )
 

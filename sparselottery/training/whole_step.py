@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _ext
+from .. import _ext, masks
 from ..nn.compiled_mlp import has_global_hooks, layers_of, make_network
 from ..nn.linear import MaskedLinear
 from ..ops import dispatch
@@ -60,6 +60,8 @@ def why_not(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]], optimizer,
         return layers
     seen = set()
     for linear, _ in layers:
+        if not isinstance(linear, MaskedLinear) and masks.words_of(linear.weight) is not None:
+            return "a weight that a layer elsewhere masks"
         for p in linear._parameters.values():
             if p is None:
                 continue
@@ -102,7 +104,9 @@ class WholeStep:
         self.total = 0.0
         group = optimizer.param_groups[0]
         self.rate = float(group["lr"])
-        self.data = {name: (x.detach().flatten(1).contiguous(), y.contiguous()) for name, (x, y) in data.items()}
+        self.data = {
+            name: (x.detach().resolve_neg().flatten(1).contiguous(), y.contiguous()) for name, (x, y) in data.items()
+        }
         adam = "betas" in group
         beta1, beta2 = group["betas"] if adam else (0.0, 0.0)
         self.network = make_network(
