@@ -190,7 +190,8 @@ def test_where_it_is_a_candidate(monkeypatch, dtype):
     monkeypatch.setattr(sparse_linear._ext, "why_no_cuda", lambda device: "not built with nvcc")
     assert not sparse_linear.takes(cuda, 0.01)
     monkeypatch.setattr(sparse_linear._ext, "why_no_cuda", lambda device: None)
-    assert sparse_linear.takes(cuda, 0.05) and not sparse_linear.takes(cuda, 0.06)
+    taken = [sparse_linear.takes(cuda, dispatch.bucket_density(dispatch.density_bucket(d))) for d in (0.02, 0.05, 0.06)]
+    assert taken == [True, True, False]
     assert not sparse_linear.takes(torch.ones(2, dtype=dtype), 0.01)
 
 
