@@ -11,7 +11,7 @@ from sparselottery.ops import reference
 from sparselottery.ops.block_linear import block_linear
 from sparselottery.ops.masked_conv2d import masked_conv2d
 from sparselottery.ops.masked_linear import masked_linear
-from sparselottery.ops.packed import packed_conv2d, packed_linear
+from sparselottery.ops.packed_layers import packed_conv2d, packed_linear
 
 
 def cases(dtype):

@@ -53,9 +53,9 @@ def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Mo
                 _take_fastest_form(layer, *inputs[id(layer)])
             else:
                 to_plain(layer)
-        wholes = {"dense": densify(unpack(copy.deepcopy(model))).eval().requires_grad_(False)}
+        wholes = {"dense": result}  # with what was measured of each layer
         if any(isinstance(layer, (MaskedWeight, SemiStructuredLinear, DecodeLinear)) for layer in layers):
-            wholes["mixed"] = result
+            wholes = {"dense": densify(unpack(copy.deepcopy(model))).eval().requires_grad_(False), "mixed": result}
         if layers and _ext.WHY_NOT is None:
             network = unpack(copy.deepcopy(model)).eval().requires_grad_(False)
             if not isinstance(layers_of(network), str):
