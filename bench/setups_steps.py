@@ -50,7 +50,7 @@ def optim(case, seed) -> Work:
             for positions, table in made:
                 table.serves([grads[i] for i in positions])
                 table.adam(step=[step] * len(positions), **scalars)
-            return first, second, words, copies  # the tables keep addresses only
+            return params, first, second, words, copies  # the tables keep addresses only
 
         return params, run
 
