@@ -142,9 +142,34 @@ def test_where_it_is_a_candidate(monkeypatch):
 # ---- ThreadSanitizer: one host thread per CUDA thread ----
 
 
-def test_no_races():
+def barriers():
+    source = Path(__file__).parents[1] / "csrc" / "cuda" / "sparse_linear.cu"
+    for number, line in enumerate(source.read_text().splitlines(), 1):
+        if "__syncthreads()" in line:
+            yield f"{source.name}:{number}"
+
+
+@pytest.fixture(scope="module")
+def race_check():
+    """Runs the check, without one barrier if told so; returns the exit status and what was printed."""
     flags = ("-O1", "-fsanitize=thread", "-DHOST_CUDA_THREADS")
     program = load_builder().build("race_check_sparse.cpp", *flags, kernels="sparse_linear")
-    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
-    done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(without=""):
+        environment = os.environ | {"HOST_CUDA_DROP_BARRIER": without, "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
+        done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def test_no_races(race_check):
+    status, output = race_check()
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("site", list(barriers()))
+def test_every_barrier_is_needed(race_check, site):
+    """Without any one of its barriers the kernel has a data race, and this harness sees it."""
+    status, output = race_check(without=site)
+    assert status == 66 and "data race" in output, f"{status}\n{output}"
