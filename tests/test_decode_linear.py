@@ -143,14 +143,21 @@ def test_the_reason_for_a_dense_layer_is_told(monkeypatch):
 
     def reason(extension, capability, columns=10, format="gap4"):
         op._why_not.cache_clear()
+        _ext.why_no_cuda.cache_clear()
         monkeypatch.setattr(_ext, "_C", extension)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(op, "_max_columns", lambda device: 1000)
         return op.why_dense(gpu, format, columns)
 
-    assert reason(None, (9, 0)) == "the extension was built without CUDA"
-    assert reason(Built, (7, 5)) == "the decode kernels need compute capability 8.0, this GPU has 7.5"
+    class Without:
+        cuda_archs = None
+
+    with pytest.warns(RuntimeWarning, match="has no CUDA kernels"):
+        assert "this build of sparselottery has no CUDA kernels" in reason(Without, (9, 0))
+    with pytest.warns(RuntimeWarning, match="this GPU has 7.5"):
+        assert "built for compute capability 8.0 on, this GPU has 7.5" in reason(Built, (7, 5))
     assert reason(Built, (9, 0)) is None and reason(Built, (8, 0)) is None
     assert "larger than shared memory (1000)" in reason(Built, (9, 0), 1001)
     assert reason(Built, (9, 0), 1001, "tiles") is None
     op._why_not.cache_clear()
+    _ext.why_no_cuda.cache_clear()
