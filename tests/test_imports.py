@@ -28,7 +28,8 @@ BELOW["analysis"] = BELOW["tickets"] | {"tickets"}
 BELOW["report"] = BELOW["analysis"] | {"analysis"}
 BELOW["experiments"] = BELOW["report"] | {"report"}
 BELOW["bench"] = BELOW["experiments"] | {"experiments", "__init__"}
-BELOW["cli"] = BELOW["bench"] | {"bench"}
+BELOW["commands"] = BELOW["bench"] | {"bench"}
+BELOW["cli"] = BELOW["commands"] | {"commands"}
 BELOW["__main__"] = {"cli"}
 BELOW["__init__"] = BELOW["bench"] - {"__init__"} | {"bench"}
 ADJACENT = {"_ext": {"kernels"}}  # env_report says whether Triton is there
@@ -94,6 +95,13 @@ def test_imports_run_one_way():
         ("sparselottery.masks", "from .ops import dispatch", True),
         ("sparselottery.masks", "from .ops.bitmask import pack", False),
         ("sparselottery.cli", "from .experiments import runs", False),
+        ("sparselottery.cli", "from .commands import imp", False),
+        ("sparselottery.commands.imp", "from ..experiments import runs", False),
+        ("sparselottery.commands.imp", "from .. import cli", True),
+        ("sparselottery.experiments.x", "from ..commands import common", True),
+        ("sparselottery.analysis.x", "from ..tickets import store", False),
+        ("sparselottery.analysis.x", "from ..experiments import runs", True),
+        ("sparselottery.tickets.x", "from ..analysis import figure", True),
     ],
 )
 def test_the_walk_sees_upward_imports(module, text, red):
