@@ -193,7 +193,7 @@ def test_nobody_needs_to_read_the_progress(tmp_path):
 
 
 def test_every_command_has_help_with_examples(capsys):
-    for command in cli._COMMANDS:
+    for command in cli.COMMANDS:
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         text = capsys.readouterr().out

@@ -17,11 +17,11 @@ def test_the_example_runs(tmp_path):
 
 
 def test_every_command_of_the_readme_exists():
-    from sparselottery.cli import _COMMANDS
+    from sparselottery.commands import COMMANDS
 
     commands = README.split("## Commands")[1].split("```")[1]
     named = set(re.findall(r"^sparselottery ([a-z-]+)", commands, flags=re.M))
-    assert named and named <= set(_COMMANDS)
+    assert named and named <= set(COMMANDS)
 
 
 def test_the_table_has_its_markers():

@@ -1,0 +1,13 @@
+"""The commands of `sparselottery`, one module each: HELP, EXAMPLES, fill(parser), run(arguments) -> (exit status, JSON object).
+
+`fill` and `run` import what they need when they are called: `sparselottery env` must work where half the package cannot.
+"""
+
+COMMANDS = {  # command -> module here, in the order of --help
+    "imp": "imp",
+    "one-shot": "one_shot",
+    "reproduce": "reproduce",
+    "bench": "bench",
+    "report": "report",
+    "env": "env",
+}
