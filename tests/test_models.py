@@ -15,6 +15,7 @@ SIZES = [
     ("conv-4", (3, 32, 32), 2_425_024, 259_776),
     ("conv-6", (3, 32, 32), 2_261_184, 1_144_512),
     ("resnet-20", (3, 32, 32), 270_896, 270_256),
+    ("conv-bn-4", (1, 8, 8), 17_552, 16_272),
 ]
 
 
@@ -62,6 +63,10 @@ def test_dropout_sits_before_each_fully_connected_layer():
     [
         (("lenet-5", (1, 28, 28), 10), "model: expected one of lenet-300-100"),
         (("conv-6", (3, 4, 4), 10), r"input_shape: expected an image that conv-6 can halve 3 times, got \[3, 4, 4\]"),
+        (
+            ("conv-bn-4", (1, 3, 8), 10),
+            r"input_shape: expected an image that conv-bn-4 can halve 2 times, got \[1, 3, 8\]",
+        ),
         (("resnet-20", (64,), 10), r"input_shape: expected \(channels, height, width\) for resnet-20"),
         (("lenet-300-100", (1, 8, 8), 0), "classes: expected at least 1"),
     ],

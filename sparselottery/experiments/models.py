@@ -9,9 +9,11 @@ The last layer is called `output`: pruning rates name it so. All weights are Gau
 | conv-4         | 2,425,024    | 259,776      | 3x32x32 |
 | conv-6         | 2,261,184    | 1,144,512    | 3x32x32 |
 | resnet-20      | 270,896      | 270,256      | 3x32x32 |
+| conv-bn-4      | 17,552       | 16,272       | 1x8x8   |
 
 Biases and BatchNorm are not counted. The paper's figure gives 1.7M for conv-6; the layers it lists make 2.3M, of which 1.1M in
-convolutions as it says.
+convolutions as it says. conv-bn-4 is no paper's: four convolutions with BatchNorm, small enough to prune channels of digits
+in seconds.
 """
 
 import math
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from ..training.history import check_seed
 
 CONV_CHANNELS = {"conv-2": (64, 64), "conv-4": (64, 64, 128, 128), "conv-6": (64, 64, 128, 128, 256, 256)}
+CONV_BN_CHANNELS = {"conv-bn-4": (16, 16, 32, 32)}
 
 
 def make(name: str, input_shape: Sequence[int], classes: int, *, dropout: float = 0.0, seed: int = 0) -> nn.Module:
@@ -107,6 +110,23 @@ def _conv(name, input_shape, classes, dropout) -> nn.Module:
     return nn.Sequential(layers)
 
 
+def _conv_bn(name, input_shape, classes, dropout) -> nn.Module:
+    channels, height, width = _image(name, input_shape)
+    if height < 4 or width < 4:
+        raise ValueError(f"input_shape: expected an image that {name} can halve 2 times, got {list(input_shape)}")
+    layers = OrderedDict()
+    for i, out in enumerate(CONV_BN_CHANNELS[name], 1):
+        layers[f"conv{i}"] = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+        layers[f"bn{i}"] = nn.BatchNorm2d(out)
+        layers[f"relu{i}"] = nn.ReLU()
+        channels = out
+        if i % 2 == 0:
+            layers[f"pool{i // 2}"] = nn.MaxPool2d(2)
+    layers["flatten"] = nn.Flatten()
+    layers["output"] = nn.Linear(channels * (height // 4) * (width // 4), classes)
+    return nn.Sequential(layers)
+
+
 class Block(nn.Module):
     """Two 3x3 convolutions with BatchNorm around a shortcut, which is a 1x1 convolution where the shape changes."""
 
@@ -156,4 +176,11 @@ def _image(name, input_shape) -> tuple[int, int, int]:
     return input_shape
 
 
-MODELS = {"lenet-300-100": _lenet, "conv-2": _conv, "conv-4": _conv, "conv-6": _conv, "resnet-20": _resnet}
+MODELS = {
+    "lenet-300-100": _lenet,
+    "conv-2": _conv,
+    "conv-4": _conv,
+    "conv-6": _conv,
+    "resnet-20": _resnet,
+    "conv-bn-4": _conv_bn,
+}
