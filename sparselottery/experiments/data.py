@@ -62,6 +62,17 @@ class Dataset:
         held, kept = order[:validation].sort().values, order[validation:].sort().values
         return (x[kept], y[kept]), (x[held], y[held])
 
+    def first_of_test(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` test examples, all of them for 0.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        x, y = self.test
+        if not 0 <= count <= len(y):
+            raise ValueError(f"test: expected 0 to {len(y)} of {self.name}'s test examples, got {count}")
+        return (x[:count], y[:count]) if count else (x, y)
+
 
 def load(name: str, root: str | os.PathLike | None = None) -> Dataset:
     """One of `DATASETS`. `root`: the data root; without it the environment variable SPARSELOTTERY_DATA names it.

@@ -6,6 +6,7 @@ Each field's metadata says what it means ("help") and, where it is a choice, of 
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..tickets.controls import CONTROLS
+from ..training.augment import AUGMENTATIONS
 from .data import DATASETS
 from .models import MODELS
 
@@ -31,6 +32,8 @@ class Training:
     milestones: tuple[str, ...] = _of((), "steps such as 500it or 20ep from which the learning rate is divided by ten")
     validation: int = _of(200, "training examples held out for validation")
     split_seed: int = _of(0, "which examples are held out")
+    test: int = _of(0, "how many test examples to use, the first ones (0: all)")
+    augment: str = _of("none", "change training images at random: mirror, and crop after padding", AUGMENTATIONS)
     evaluate_every: int = _of(20, "iterations between evaluations")
     evaluate_test: str = _of(
         "always", "test at every evaluation, or only where validation improved", ("always", "improved")

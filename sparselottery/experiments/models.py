@@ -9,6 +9,7 @@ The last layer is called `output`: pruning rates name it so. All weights are Gau
 | conv-4         | 2,425,024    | 259,776      | 3x32x32 |
 | conv-6         | 2,261,184    | 1,144,512    | 3x32x32 |
 | resnet-20      | 270,896      | 270,256      | 3x32x32 |
+| vgg-19         | 20,024,000   | 20,018,880   | 3x32x32 |
 | conv-bn-4      | 17,552       | 16,272       | 1x8x8   |
 
 Biases and BatchNorm are not counted. The paper's figure gives 1.7M for conv-6; the layers it lists make 2.3M, of which 1.1M in
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from ..training.history import check_seed
 
 CONV_CHANNELS = {"conv-2": (64, 64), "conv-4": (64, 64, 128, 128), "conv-6": (64, 64, 128, 128, 256, 256)}
+VGG_GROUPS = ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512))  # convolutions and their channels, a pool between groups
 CONV_BN_CHANNELS = {"conv-bn-4": (16, 16, 32, 32)}
 
 
@@ -170,6 +172,26 @@ def _resnet(name, input_shape, classes, dropout) -> nn.Module:
     return ResNet20(_image(name, input_shape)[0], classes)
 
 
+def _vgg(name, input_shape, classes, dropout) -> nn.Module:
+    """VGG-19 with BatchNorm and one fully connected layer after a global mean: the lottery ticket paper's for CIFAR-10."""
+    channels, height, width = _image(name, input_shape)
+    if min(height, width) < 16:
+        raise ValueError(f"input_shape: expected an image of 16 x 16 or more for {name}, got {list(input_shape)}")
+    layers = OrderedDict()
+    for group, (count, out) in enumerate(VGG_GROUPS, 1):
+        for i in range(1, count + 1):
+            layers[f"conv{group}_{i}"] = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+            layers[f"bn{group}_{i}"] = nn.BatchNorm2d(out)
+            layers[f"relu{group}_{i}"] = nn.ReLU()
+            channels = out
+        if group < len(VGG_GROUPS):
+            layers[f"pool{group}"] = nn.MaxPool2d(2)
+    layers["mean"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["output"] = nn.Linear(channels, classes)
+    return nn.Sequential(layers)
+
+
 def _image(name, input_shape) -> tuple[int, int, int]:
     if len(input_shape) != 3:
         raise ValueError(f"input_shape: expected (channels, height, width) for {name}, got {list(input_shape)}")
@@ -182,5 +204,6 @@ MODELS = {
     "conv-4": _conv,
     "conv-6": _conv,
     "resnet-20": _resnet,
+    "vgg-19": _vgg,
     "conv-bn-4": _conv_bn,
 }

@@ -12,6 +12,7 @@ from ..tickets.driver import cores
 from ..tickets.imp import imp
 from ..tickets.one_shot import one_shot
 from ..tickets.result import Result
+from ..training.augment import AUGMENTATIONS
 from ..training.history import History, check_seed
 from ..training.trainer import Trainer
 from . import data, models
@@ -38,7 +39,7 @@ class Fit:
         return Trainer(
             train,
             validation if h.validation else None,
-            self.dataset.test,
+            self.dataset.first_of_test(h.test),
             batch_size=h.batch_size,
             optimizer=h.optimizer,
             lr=h.lr,
@@ -48,6 +49,7 @@ class Fit:
             milestones=h.milestones,
             evaluate_every=h.evaluate_every,
             evaluate_test=h.evaluate_test,
+            augment=AUGMENTATIONS[h.augment],
         )
 
     def __call__(self, model, *, seed, budget=None, snapshot_at=None, start_at=0) -> History:

@@ -154,7 +154,7 @@ class Stack:
 
 def why_not(trainer, model: nn.Module) -> str | None:
     """Why `Trainer.fit_many` cannot train models like this one, None if it can; finds out with one forward of two copies."""
-    reason = obstacle(model)
+    reason = obstacle(model) or _augmented(trainer)
     if reason is not None:
         return reason
     try:
@@ -170,9 +170,15 @@ def why_not(trainer, model: nn.Module) -> str | None:
     return None
 
 
+def _augmented(trainer) -> str | None:
+    return "minibatches are augmented, which replicas do not share" if trainer.augment is not None else None
+
+
 def train(trainer, models, seeds, start: int, end: int, keep: int | None, data, copy_state: Callable) -> list[History]:
     """`Trainer._loop` for a stack: the same steps at the same iterations, for every replica. See `Trainer.fit_many`."""
     histories = [History(snapshot=copy_state(model) if keep == start else None) for model in models]
+    if _augmented(trainer):
+        raise ValueError(f"models: {_augmented(trainer)}")
     stack = Stack(models)
     optimizer = _make_optimizer(trainer, stack)
     for model in [*models, stack.skeleton]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from .. import optim
 from ..nn.invariant import unmasked_gradients
 from ..ops import dispatch
 from . import replicas
+from .augment import generator_of
 from .history import History, Record, check_seed, parse_step
 from .whole_step import WholeStep, why_not
 
@@ -39,6 +41,8 @@ class Trainer:
         evaluate_test: "always", or "improved": only where validation loss is a new minimum, and at the end. The latter
             saves most of the time that evaluation takes and leaves `test_accuracy` None elsewhere.
         loss: `loss(output, y) -> scalar`, a mean over examples. evaluation_batch: examples in a forward pass of evaluation.
+        augment: `augment(x, generator) -> x` changes each training minibatch at random, such as `training.augment.flip_crop`;
+            the generator (CPU) is a function of seed and iteration.
         whole_step: train networks of linear layers and ReLU on a CPU in C++; `why_not_whole_step(model)` says where that does
             not apply. Losses are the same up to rounding. Faster the sparser and smaller the network is (a network like
             LeNet-300-100: several times). Forward and backward take one thread, so that a dense network of millions of
@@ -67,6 +71,7 @@ class Trainer:
         evaluate_test: str = "always",
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         evaluation_batch: int = 1000,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
         whole_step: bool = True,
     ):
         self.data = {"train": _pair("train", train)}
@@ -92,6 +97,8 @@ class Trainer:
             raise ValueError(f'evaluate_test: expected "always" or "improved", got {evaluate_test!r}')
         if patience is not None and validation is None:
             raise ValueError("patience: expected validation data to watch, got none")
+        if augment is not None and not callable(augment):
+            raise TypeError(f"augment: expected a callable (x, generator) -> x, got {type(augment).__name__}")
         self.batch_size = min(batch_size, len(self.data["train"][0]))
         self.steps_per_epoch = len(self.data["train"][0]) // self.batch_size
         self.optimizer, self.lr, self.optimizer_options = optimizer, lr, dict(optimizer_options or {})
@@ -101,6 +108,7 @@ class Trainer:
         self.warmup = self.steps(warmup, "warmup")
         self.milestones = sorted(self.steps(m, "milestones") for m in milestones)
         self.gamma, self.patience, self.loss, self.whole_step = gamma, patience, loss, bool(whole_step)
+        self.augment = augment
 
     def steps(self, step: int | str, name: str = "step") -> int:
         """`"2ep"` and the like as iterations of this trainer."""
@@ -119,6 +127,7 @@ class Trainer:
             "optimizer": self.optimizer if isinstance(self.optimizer, str) else _name(self.optimizer),
             "optimizer_options": self.optimizer_options,
             "loss": _name(self.loss),
+            **({"augment": _name(self.augment)} if self.augment else {}),
             "data": digest.hexdigest()[:16],
         }
 
@@ -272,7 +281,7 @@ class Trainer:
         return start, end, keep
 
     def _train(self, model, seed, start, end, keep, data) -> History:
-        runner = self._runner(model, data)
+        runner = self._runner(model, data, seed, start)
         try:
             # Nobody but the optimizer sees the gradients here.
             with unmasked_gradients() if runner.masks_weights else contextlib.nullcontext():
@@ -286,13 +295,20 @@ class Trainer:
             return "whole_step=False"
         if _device(model).type != "cpu":
             return f"a model on {_device(model)}"
+        if self.augment is not None:
+            return "minibatches are augmented"
         return why_not(model, self.data, self.optimizer, self.optimizer_options, self.loss)
 
-    def _runner(self, model, data):
+    def _runner(self, model, data, seed, start):
         optimizer = self._make_optimizer(model)
         if self.why_not_whole_step(model) is None:
             return WholeStep(model, optimizer, data)
-        return _Modules(model, optimizer, data["train"], self.loss)
+        return _Modules(model, optimizer, data["train"], self.loss, self.augment and self._augmented(seed, start))
+
+    def _augmented(self, seed, start):
+        """A function that augments the minibatches in order, from the first iteration on."""
+        iterations = itertools.count(start)
+        return lambda x: self.augment(x, generator_of(seed, next(iterations)))
 
     def _loop(self, model, runner, seed, start, end, keep, data) -> History:
         history = History(snapshot=_copy(model) if keep == start else None)
@@ -358,8 +374,8 @@ class _Modules:
 
     longest = 1  # steps in one call of `run`
 
-    def __init__(self, model, optimizer, train, loss):
-        self.model, self.optimizer, self.loss = model, optimizer, loss
+    def __init__(self, model, optimizer, train, loss, augment=None):
+        self.model, self.optimizer, self.loss, self.augment = model, optimizer, loss, augment
         self.x, self.y = train
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.masks_weights = getattr(optimizer, "masks_weights", False)
@@ -371,7 +387,10 @@ class _Modules:
             self.factor = factors[0]
             for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = lr * self.factor
-        loss = self.loss(self.model(self.x[chosen]), self.y[chosen])
+        x = self.x[chosen]
+        if self.augment is not None:
+            x = self.augment(x)
+        loss = self.loss(self.model(x), self.y[chosen])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
