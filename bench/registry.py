@@ -2,7 +2,7 @@
 
 import dataclasses
 
-OPS = ("topk", "linear", "conv", "step", "optim", "bitmask", "packed")
+OPS = ("topk", "linear", "conv", "step", "optim", "bitmask", "packed", "replicas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,14 +12,16 @@ class Case:
     Attributes:
         op: one of OPS.
         sizes: what setups.py needs: linear (in, out); conv (cin, cout, kernel, height); topk and optim the lengths of
-            the tensors; step the widths of the layers; bitmask and packed (what, rows, columns).
+            the tensors; step the widths of the layers; bitmask and packed (what, rows, columns); replicas (how many,
+            steps, side of the images).
         density: fraction of the weights that is kept.
         batch: rows or images per call; 0 where there is none.
         dtype: a torch dtype's name.
         direction: "forward", "forward+backward" or "" where there is only one.
         device: "cpu" or "cuda".
         quick: part of the short run.
-        structure: "" for survivors at random places; "block:RxC" and "N:M" as `prune` takes them (linear, conv).
+        structure: "" for survivors at random places; "block:RxC" and "N:M" as `prune` takes them (linear, conv); "CUDA
+            graph" for a step that is captured and replayed.
     """
 
     op: str
@@ -43,6 +45,8 @@ class Case:
             text = "MLP " + "-".join(map(str, self.sizes))
         elif self.op in ("bitmask", "packed"):
             text = "{} {}x{}".format(*self.sizes)
+        elif self.op == "replicas":
+            text = "{0} LeNet-300-100, {1} steps, {2}x{2}".format(*self.sizes)
         else:
             text = f"{sum(self.sizes):,} weights in {len(self.sizes)} tensor{'s' if len(self.sizes) > 1 else ''}"
         text += f" {self.structure}" if self.structure else ""
@@ -87,6 +91,8 @@ def cpu_cases() -> list[Case]:
         cases.append(Case("step", (784, 300, 100, 10), density, 60, quick=density in (0.2, 0.02)))
         cases.append(Case("optim", LENET, density, quick=density in (0.2, 0.02)))
     cases += [Case("optim", (4_000_000,) * 4, density) for density in (0.2, 0.1, 0.02)]
+    cases.append(Case("replicas", (8, 50, 8), 0.2, 60))
+    cases += [Case("replicas", (4, 10, 8), 0.2, 60, quick=True)]
     for what in ("pack", "unpack", "count", "hamming", "apply"):
         cases.append(Case("bitmask", (what, 4096, 4096), 0.1, quick=True))
     for what in ("expand", "gather"):
@@ -117,6 +123,10 @@ def cuda_cases() -> list[Case]:
         cases.append(Case("optim", (25_000_000,) * 4, density, quick=density == 0.1))
         cases.append(Case("optim", (25_000_000,) * 4, density, dtype="bfloat16"))
         cases.append(Case("step", (784, 300, 100, 10), density, 60, quick=density == 0.1))
+    cases += [Case("optim", (25_000_000,) * 4, density) for density in (0.5, 0.2)]
+    cases += [Case("step", (4096,) * 4, density, 4096, "bfloat16") for density in (0.5, 0.2, 0.1)]
+    cases.append(Case("step", (784, 300, 100, 10), 0.2, 60, structure="CUDA graph"))
+    cases += [Case("replicas", (count, 100, 28), 0.2, 60, quick=count == 20) for count in (5, 20)]
     for side in (16, 32, 64, 128):
         for density in (0.3, 0.1, 0.05):
             for direction in ("forward", BOTH):
@@ -137,7 +147,26 @@ def cuda_cases() -> list[Case]:
         for what in ("expand", "gather"):
             cases.append(Case("packed", (what, 8192, 8192), 0.1, dtype=dtype, quick=dtype == "float32"))
         cases.append(Case("packed", ("layer", 4096, 4096), 0.1, 4096, dtype, BOTH, quick=dtype == "bfloat16"))
-    return [dataclasses.replace(case, device="cuda") for case in cases]
+    return [dataclasses.replace(case, device="cuda") for case in sorted(cases, key=urgency)]
+
+
+# What is to be learnt first on a GPU, in this order: the bandwidth of the pass that selects; the masked optimizer at 90, 95
+# and 98 %; decode; float32 through bf16x6 beside the library's; blocks of 64; the tensor cores at high sparsity; a whole step.
+FIRST = (
+    lambda c: c.op == "topk" and c.sizes == (100_000_000,),
+    lambda c: c.op == "optim" and c.density <= 0.1 and c.dtype == "float32",
+    lambda c: c.op == "linear" and c.batch == 1 and c.density <= 0.1 and c.dtype == "bfloat16",
+    lambda c: c.op == "linear" and c.dtype == "float32" and c.density == 0.1,
+    lambda c: c.op == "linear" and c.structure == "block:64x64" and c.batch > 16,
+    lambda c: c.op == "linear" and not c.structure and c.batch == 4096 and c.dtype == "bfloat16",
+    lambda c: c.op == "step" and c.dtype == "bfloat16",
+)
+
+
+def urgency(case: Case) -> int:
+    """The place of a case of a GPU among FIRST; len(FIRST) for the short run's others, one more for the rest."""
+    place = next((i for i, asked in enumerate(FIRST) if asked(case)), len(FIRST))
+    return place if place < len(FIRST) else place + (not case.quick)
 
 
 def small_cases() -> list[Case]:
@@ -150,6 +179,8 @@ def small_cases() -> list[Case]:
         Case("linear", (1200, 40), 0.1, 20, "float16", "forward"),
         Case("conv", (5, 7, 3, 8), 0.2, 3, direction=BOTH),
         Case("step", (20, 15, 10), 0.2, 6),
+        Case("step", (40, 40, 40), 0.5, 16, "bfloat16"),
+        Case("replicas", (2, 2, 8), 0.2, 5),
         Case("optim", (1500, 3), 0.1),
         Case("optim", (1500, 3), 0.1, dtype="bfloat16"),
         Case("linear", (150, 140), 0.3, 70, direction=BOTH, structure="block:16x16"),

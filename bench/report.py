@@ -17,11 +17,12 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 DENSE = {
     "linear": ("dense",),
     "conv": ("dense", "dense channels_last"),
-    "step": ("dense, Adam(fused)", "dense, Adam"),
+    "step": ("dense, Adam(fused)", "dense, Adam", "dense, Adam(fused), CUDA graph"),
     "optim": ("Adam(fused)", "Adam"),
     "topk": ("torch.topk",),
     "bitmask": ("float mask", "bool mask", "torch"),
     "packed": ("dense", "masked_scatter", "dense[mask]"),
+    "replicas": ("dense, one by one",),
 }
 
 

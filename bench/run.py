@@ -1,14 +1,17 @@
 """Runs cases and writes one CSV.
 
-    python bench/run.py [topk linear conv step optim bitmask packed] [--device cpu|cuda] [--full] [--repeats 2] [--out FILE]
+    python bench/run.py [topk linear conv step optim bitmask packed replicas] [--device cpu|cuda] [--full] [--repeats 2]
+        [--out FILE]
 
 On the CPU everything runs on one pinned thread. A row compares one backend of ours with one baseline, both timed in the
-same interleaved rounds; `speedup` is empty where the parity gate is red.
+same interleaved rounds; `speedup` is empty where the parity gate is red. Rows are written case by case: whatever ends the
+run, what was measured is there. What is to be learnt first (registry.FIRST) is measured and repeated before the rest.
 """
 
 import argparse
 import csv
 import datetime
+import io
 import json
 import math
 import platform
@@ -25,7 +28,8 @@ from sparselottery.bench import registry, timing, verify
 COLUMNS = [
     *("op", "case", "direction", "dtype", "batch", "density", "backend", "baseline"),
     *("ours_us_p20", "ours_us", "ours_us_p80", "baseline_us_p20", "baseline_us", "baseline_us_p80", "speedup"),
-    *("parity", "error", "roofline_us", "roofline_share", "run", "rounds", "seed", "device", "threads", "core", "isa"),
+    *("parity", "error", "roofline_us", "roofline_share", "peak_bytes", "peak_operations", "run", "rounds", "seed"),
+    *("device", "threads", "core", "isa"),
     *("python", "torch", "triton", "cuda", "sparselottery", "date"),
 ]
 SEED = 0
@@ -45,6 +49,7 @@ def run(
     repeats: int = 1,
     limit: float | None = None,
     progress: Callable[[str], object] = lambda line: None,
+    record: Callable[[list[dict]], object] = lambda rows: None,
 ) -> dict:
     """Times the cases of `ops` (all where empty).
 
@@ -53,8 +58,9 @@ def run(
         full: the large cases too; without it the run takes under a minute on a CPU.
         seconds: about how long the rounds of one case may take.
         repeats: how often the whole is done, to show the spread.
-        limit: no case is begun this many seconds after the start; those left out are told as failures.
+        limit: no case is begun this many seconds after the start; those never run are told as failures.
         progress: called with a line of text after every case.
+        record: called with the rows of every case as soon as there are any; once with none before the first.
 
     Returns:
         {"device", "versions", "ceilings", "rows", "failures"}; a row has op, case, density, backend, baseline, ours_us,
@@ -72,6 +78,7 @@ def run(
         raise ValueError("device: expected a machine with a CUDA device for cuda, torch finds none")
     report = _ext.env_report()
     result = {"device": device_name(device), "versions": report["versions"], "rows": [], "failures": []}
+    start = time.monotonic()
     with timing.pinned(device) as core, torch.random.fork_rng(devices=[0] if device == "cuda" else []):
         result["ceilings"] = timing.ceilings(device)
         common = {
@@ -83,11 +90,12 @@ def run(
             "seed": SEED,
             "date": datetime.date.today().isoformat(),
         } | {name: report["versions"][name] for name in ("python", "torch", "triton", "sparselottery")}
-        start, planned = time.monotonic(), [(repeat, case) for repeat in range(1, repeats + 1) for case in cases]
+        record([])
+        planned = _plan(cases, repeats)
         for done, (repeat, case) in enumerate(planned):
             if limit is not None and time.monotonic() - start >= limit:
                 reason = f"not run: the limit of {limit:g} s was reached"
-                result["failures"] += [_failure(left, reason) for _, left in planned[done:]]
+                result["failures"] += [_failure(left, reason) for again, left in planned[done:] if again == 1]
                 progress(f"{len(planned) - done} of {len(planned)} cases {reason}")
                 break
             try:
@@ -100,10 +108,19 @@ def run(
             finally:
                 if device == "cuda":
                     torch.cuda.empty_cache()
-            result["rows"] += [row | common | {"run": repeat} for row in rows]
+            rows = [row | common | {"run": repeat} for row in rows]
+            result["rows"] += rows
+            record(rows)
             for row in rows:
                 progress(line(row))
     return result
+
+
+def _plan(cases, repeats):
+    """[(repeat, case)]: what is to be learnt first (on a GPU) and its repeats, then the rest."""
+    first = [case for case in cases if case.device == "cuda" and registry.urgency(case) < len(registry.FIRST)]
+    rest = [case for case in cases if case not in first]
+    return [(repeat, case) for part in (first, rest) for repeat in range(1, repeats + 1) for case in part]
 
 
 def _failure(case, error: str) -> dict:
@@ -145,6 +162,8 @@ def run_case(case, seconds: float, ceilings: dict) -> list[dict]:
                     "error": max((p.error for p in checked if math.isfinite(p.error)), default=None),
                     "roofline_us": roofline,
                     "roofline_share": roofline / mine.p50,
+                    "peak_bytes": ceilings["bytes"],
+                    "peak_operations": peak,
                     "rounds": mine.rounds,
                 }
             )
@@ -160,19 +179,36 @@ def line(row: dict) -> str:
     return f"{what}: {row['ours_us']:.1f} us, {row['speedup']:.2f}x {row['baseline']} ({row['baseline_us']:.1f} us)"
 
 
+class Rows:
+    """A CSV that grows: `Rows(path)(rows)` appends rows of `run()`, all of one call in one write.
+
+    Numbers have six significant digits; there is nothing where there is no value. The first call begins the file anew.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.begun = False
+
+    def __call__(self, rows) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        if not self.begun:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            writer.writeheader()
+        writer.writerows({name: _cell(row[name]) for name in COLUMNS} for row in rows)
+        with open(self.path, "ab" if self.begun else "wb", buffering=0) as file:
+            file.write(text.getvalue().encode())
+        self.begun = True
+
+
+def _cell(value):
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
 def write_csv(result: dict, path) -> Path:
-    """Writes the rows of `run()`; numbers with six significant digits, nothing where there is none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def cell(value):
-        return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
-
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows({name: cell(row[name]) for name in COLUMNS} for row in result["rows"])
-    return path
+    """Writes the rows of `run()`."""
+    Rows(path)(result["rows"])
+    return Path(path)
 
 
 def main(argv=None) -> int:
@@ -193,12 +229,12 @@ def main(argv=None) -> int:
 
     options = {name: getattr(arguments, name) for name in ("device", "full", "seconds", "repeats", "limit")}
     try:
-        result = run(arguments.op, **options, progress=say)
-        path = write_csv(result, arguments.out or f"bench-{arguments.device}.csv")
+        rows = Rows(arguments.out or f"bench-{arguments.device}.csv")
+        result = run(arguments.op, **options, progress=say, record=rows)
     except (ValueError, OSError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
-    say(f"{result['device']}, {platform.platform()}: {path}")
+    say(f"{result['device']}, {platform.platform()}: {rows.path}")
     if arguments.json:
         print(json.dumps(result))
     return 1 if result["failures"] or not all(row["parity"] for row in result["rows"]) else 0

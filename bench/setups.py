@@ -7,6 +7,7 @@ one backend forced. All candidates of a case share their inputs, drawn from a fi
 from sparselottery.bench.setups_layers import conv, linear
 from sparselottery.bench.setups_masks import bitmask, topk
 from sparselottery.bench.setups_packed import packed
+from sparselottery.bench.setups_replicas import replicas
 from sparselottery.bench.setups_steps import optim, step
 
 SETUPS = {
@@ -17,4 +18,5 @@ SETUPS = {
     "optim": optim,
     "bitmask": bitmask,
     "packed": packed,
+    "replicas": replicas,
 }

@@ -39,6 +39,7 @@ def packed(case, seed):
     else:
         x = torch.randn(case.batch, columns, generator=generator, device=case.device).to(dtype).requires_grad_()
         grad = torch.randn(case.batch, rows, generator=generator, device=case.device).to(dtype)
+        factor = mask.to(dtype)
         weight, packed_values = (t.clone().requires_grad_() for t in (torch.where(mask, dense, 0), values))
 
         def both(y, *inputs):
@@ -54,6 +55,7 @@ def packed(case, seed):
         plain = {
             "masked": lambda i: both(masked_linear(x, weight, words, premasked=True), x, weight),
             "dense": lambda i: both(F.linear(x, weight), x, weight),
+            "prune-style": lambda i: both(F.linear(x, weight * factor), x, weight),
         }
         wide = [t.detach().double().requires_grad_() for t in (x, weight)]
 

@@ -102,4 +102,6 @@ def _n_of_m(case, seed):
 
         return {"torch semi-structured": Candidate(run, lambda: [run(0)])}
 
-    return layer_work(case, sets, keep, draw, ours, {"dense": F.linear}, plain, by_hand)
+    factor = keep.to(sets[0][0].dtype)
+    baselines = {"dense": F.linear, "prune-style": lambda x, weight, bias: F.linear(x, weight * factor, bias)}
+    return layer_work(case, sets, keep, draw, ours, baselines, plain, by_hand)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-SAMPLE = 1e-3  # seconds: a shorter call is repeated until one sample takes this long
+SAMPLE = {"cpu": 1e-3, "cuda": 2e-3}  # seconds: a shorter call is repeated until one sample takes this long
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 
@@ -98,29 +98,36 @@ def interleave(
     Args:
         runs: name -> (function of a counter that picks the input set, backend to force or None).
         device: "cpu" or "cuda".
-        seconds: about how long all rounds together may take; there are at least MIN_ROUNDS.
+        seconds: about how long all rounds together may take; there are at least MIN_ROUNDS. On a GPU, whose time is
+            scarce, a candidate of which a single call takes longer than that keeps the two calls that showed it.
     """
-    loops, spent = {}, 0.0
+    loops, samples, names, spent = {}, {name: [] for name in runs}, [], 0.0
     for name, (run, forced) in runs.items():
         with backend(forced):
             sample(run, 1, 0, device)  # compiles, measures for dispatch, fills caches
-            once = max(min(sample(run, 1, i, device) for i in (1, 2)), 1e-7)
-            loops[name] = max(1, round(SAMPLE / once)) if device == "cpu" else max(10, round(SAMPLE / once))
+            first = [sample(run, 1, i, device) for i in (1, 2)]
+        once = max(min(first), 1e-7)
+        loops[name] = max(1, round(SAMPLE[device] / once))
+        if device == "cuda" and once > seconds:
+            samples[name] = [taken * 1e6 for taken in first]
+            continue
+        names.append(name)
         spent += once * loops[name]
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / spent)))
-    samples = {name: [] for name in runs}
-    names = list(runs)
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / spent))) if names else 0
     for turn in range(rounds):
         start = turn % len(names)  # nobody always runs after the same neighbour's leftovers in the caches
         for name in names[start:] + names[:start]:
             run, forced = runs[name]
             with backend(forced):
                 samples[name].append(sample(run, loops[name], turn * loops[name], device) * 1e6)
-    return {name: Times(*percentiles(samples[name]), rounds, loops[name]) for name in names}
+    return {name: Times(*percentiles(taken), len(taken), loops[name]) for name, taken in samples.items()}
 
 
 def ceilings(device: str = "cpu") -> dict[str, float]:
-    """What this machine does at best, measured now: bytes (read + written) and matmul operations per second."""
+    """What this machine does at best, measured now: bytes (read + written) and matmul operations per second.
+
+    float32 is the library's product with TF32 off: what bf16x6 does of it on a GPU's tensor cores may go beyond.
+    """
     half = torch.bfloat16 if device == "cuda" else torch.float32
     count, side = (2**28, 8192) if device == "cuda" else (2**24, 1024)
     source = torch.ones(count, device=device)
@@ -136,8 +143,10 @@ def ceilings(device: str = "cpu") -> dict[str, float]:
         device=device,
         seconds=1.0,
     )
+    half_rate = 2 * side**3 / times["half"].p50 * 1e6
     return {
         "bytes": 2 * 4 * count / times["copy"].p50 * 1e6,
         "float32": 2 * side**3 / times["float32"].p50 * 1e6,
-        "bfloat16": 2 * side**3 / times["half"].p50 * 1e6,
+        "bfloat16": half_rate,
+        "float16": half_rate,
     }

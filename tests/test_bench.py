@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -281,9 +282,109 @@ def test_gpu_script_without_a_gpu_is_one_line_and_status_2(tmp_path):
 
 def test_a_limit_stops_before_the_next_case_and_says_so(small):
     lines = []
-    result = run.run(full=True, seconds=0.01, limit=0, progress=lines.append)
-    assert result["rows"] == [] and "2 of 2 cases not run" in lines[-1]
-    assert [f["error"] for f in result["failures"]] == ["not run: the limit of 0 s was reached"] * 2
+    result = run.run(full=True, seconds=0.01, repeats=2, limit=0, progress=lines.append)
+    assert result["rows"] == [] and "4 of 4 cases not run" in lines[-1]
+    assert [f["error"] for f in result["failures"]] == ["not run: the limit of 0 s was reached"] * 2, "each case once"
+
+
+def test_what_was_measured_survives_a_run_that_is_killed(small, monkeypatch, tmp_path):
+    """Rows are in the file before the next case begins; an older file is gone from the start."""
+    path = tmp_path / "rows.csv"
+    path.write_text("of another run\n")
+    seen = []
+
+    def dies(case, seed):
+        seen.append(report.read(path))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setitem(setups.SETUPS, "bitmask", dies)
+    child = os.fork()
+    if child == 0:
+        run.main(["--full", "--seconds", "0.01", "--out", str(path)])
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    rows = report.read(path)
+    assert {row["op"] for row in rows} == {"linear"} and all(row["roofline_share"] > 0 for row in rows)
+
+
+def test_the_gpus_cases_come_in_the_order_of_what_is_to_be_learnt():
+    cases = registry.cuda_cases()
+    places = [registry.urgency(case) for case in cases]
+    assert places == sorted(places) and set(range(len(registry.FIRST))) <= set(places), "each of FIRST has a case"
+    planned = run._plan(cases, 2)
+    assert len(planned) == 2 * len(cases) and len(set(planned)) == len(planned)
+    first = sum(place < len(registry.FIRST) for place in places)
+    assert [repeat for repeat, _ in planned[: 2 * first]] == [1] * first + [2] * first
+    assert planned[0][1].op == "topk" and planned[2 * first][0] == 1
+
+
+def test_slow_candidates_of_a_gpu_are_not_called_again(monkeypatch):
+    """One that takes longer than all rounds may keeps its two samples; the others have their rounds."""
+    calls = {"slow": 0, "fast": 0}
+
+    def pretend(call, loops, first, device):
+        call(first)
+        return 3.0 if call is slow else 1e-2
+
+    def slow(i):
+        calls["slow"] += 1
+
+    def fast(i):
+        calls["fast"] += 1
+
+    monkeypatch.setattr(timing, "sample", pretend)
+    times = timing.interleave({"slow": (slow, None), "fast": (fast, None)}, device="cuda", seconds=0.3)
+    assert calls["slow"] == 3 and times["slow"].rounds == 2 and times["slow"].p50 == 3e6
+    assert times["fast"].rounds == 30 and calls["fast"] == 33
+
+
+PRETENDED_PYTHON = """#!/bin/bash
+# Stands for a Python with torch and a GPU: every command of gpu.sh ends at once, or never where MODE=hangs.
+hang() { [ "$MODE" = works ] || { trap '' TERM; while :; do sleep 0.05; done; }; }
+case "$*" in
+  *get_device_capability*) echo 90 ;;
+  *run.py*)
+    while [ "$1" != --limit ]; do shift; done
+    echo "limit,$2" >"$4"
+    for i in 1 2 3; do echo "row,$i" >>"$4"; done
+    hang ;;
+  *pytest*) echo "$4 $5 $6 $7"; hang ;;
+  *) echo done; hang ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("mode", ["hangs", "works"])
+def test_gpu_script_shares_its_time_out(mode, tmp_path):
+    """With every stage over its limit, deaf to SIGTERM, the benchmark still has its 150 of 480 seconds and its rows."""
+    tools, out, budget = tmp_path / "tools", tmp_path / "out", 12
+    tools.mkdir()
+    for name in ("python", "compute-sanitizer"):
+        (tools / name).write_text(PRETENDED_PYTHON)
+        (tools / name).chmod(0o755)
+    env = {**os.environ, "PYTHON": str(tools / "python"), "PATH": f"{tools}:{os.environ['PATH']}", "OUT": str(out)}
+    env |= {"MODE": mode, "BUDGET": str(budget)}
+    script = Path(run.__file__).resolve().parent / "gpu.sh"
+    done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, timeout=10 * budget)
+    stages = [line.split()[0] for line in done.stdout.splitlines() if " exit " in line]
+    assert stages == ["build", "env", "tests", "bench", "sanitizer", "table"], done.stdout + done.stderr
+    names = sorted(path.name for path in out.iterdir())
+    texts = [f"gpu-{name}.txt" for name in ("bench", "build", "env", "sanitizer", "table", "tests")]
+    assert names == [*texts, "gpu.csv"] and len(names) <= 8
+    limit, *rows = (out / "gpu.csv").read_text().split()
+    assert rows == ["row,1", "row,2", "row,3"]
+    share = float(limit.split(",")[1]) / 0.9 / budget * 480
+    if mode == "works":
+        assert done.returncode == 0 and done.stdout.endswith("all green\n")
+        assert 150 < share < 480 - 88
+    else:
+        assert done.returncode == 1 and done.stdout.count("RED: ") == 6 and "bench (over " in done.stdout
+        assert 100 < share < 480 - 88 - 220, "a loaded machine takes some of it"
+        assert "without the extension" in (out / "gpu-build.txt").read_text()
+        sanitizer = (out / "gpu-sanitizer.txt").read_text()
+        assert "=== memcheck" in sanitizer and "=== racecheck" in sanitizer, "the first one leaves the second its half"
+    parts = (out / "gpu-tests.txt").read_text().count("=== part")
+    assert parts == max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 def test_memory_is_what_was_predicted(capsys):
