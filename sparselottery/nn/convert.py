@@ -49,7 +49,7 @@ def sparsify(model: nn.Module, *, exclude: Exclude = ()) -> nn.Module:
     unexpected = []
     for name, module, reason in _candidates(model, exclude):
         if reason is None:
-            _to_masked(module)
+            to_masked(module)
         elif reason.startswith("!"):
             unexpected.append(f"{name or '(the model itself)'}: {reason[1:]}")
     if unexpected:
@@ -74,7 +74,7 @@ def sparsify_named(model: nn.Module, names: Iterable[str]) -> None:
             raise ValueError(f"{name or 'the model'} cannot be masked: {reason.removeprefix('!')}")
         todo.append(module)
     for module in todo:
-        _to_masked(module)
+        to_masked(module)
 
 
 def left_dense(model: nn.Module, *, exclude: Exclude = ()) -> dict[str, str]:
@@ -273,7 +273,7 @@ def from_torch_prune(model: nn.Module) -> nn.Module:
         with torch.no_grad():
             weight.masked_fill_(~keep, 0)
         module._parameters = {"weight": weight, **module._parameters}  # first again, as in a fresh layer
-        _to_masked(module)
+        to_masked(module)
         module.set_mask(Mask.from_dense(keep))
     return model
 
@@ -383,7 +383,7 @@ def _plain_forward(module):
     return next(cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D").forward
 
 
-def _to_masked(module):
+def to_masked(module):
     module.__class__ = masked_class(type(module))
     module._start()
 

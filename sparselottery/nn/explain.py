@@ -1,6 +1,6 @@
 """explain: for every layer what it keeps, which backend runs it, and the measurements that say so."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -115,6 +115,11 @@ def explain(model: nn.Module) -> Explanation:
         elif isinstance(module, (nn.Linear, nn.Conv2d)) or name in reasons:
             reason = reasons.get(name, "not masked: sparsify or prune changes that")
             rows.append(_plain_row(name, module, getattr(module, "_why_this_form", reason)))
+        else:
+            continue
+        if hasattr(module, "_dead_units"):
+            note = "; ".join(filter(None, (rows[-1].note, f"dead units: {module._dead_units}")))
+            rows[-1] = replace(rows[-1], note=note)
     return Explanation(rows, dispatch.forced())
 
 
