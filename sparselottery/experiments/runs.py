@@ -52,8 +52,17 @@ class Fit:
             augment=AUGMENTATIONS[h.augment],
         )
 
-    def __call__(self, model, *, seed, budget=None, snapshot_at=None, start_at=0) -> History:
-        return self.trainer(model, seed=seed, budget=budget, snapshot_at=snapshot_at, start_at=start_at)
+    def __call__(
+        self, model, *, seed, budget=None, snapshot_at=None, start_at=0, penalty=None, on_epoch=None
+    ) -> History:
+        steps = {"budget": budget, "snapshot_at": snapshot_at, "start_at": start_at}
+        return self.trainer(model, seed=seed, **steps, penalty=penalty, on_epoch=on_epoch)
+
+    def epochs(self, budget=None) -> int:
+        return self.trainer.epochs(budget)
+
+    def example(self, count: int = 2):
+        return self.trainer.example(count)
 
     def check(self, model, *, budget=None, snapshot_at=None) -> None:
         self.trainer.check(model, budget=budget, snapshot_at=snapshot_at)

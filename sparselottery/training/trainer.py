@@ -114,6 +114,14 @@ class Trainer:
         """`"2ep"` and the like as iterations of this trainer."""
         return parse_step(step, self.steps_per_epoch, name)
 
+    def epochs(self, budget: int | str | None = None) -> int:
+        """How many whole epochs `fit` trains."""
+        return (self.iterations if budget is None else self.steps(budget, "budget")) // self.steps_per_epoch
+
+    def example(self, count: int = 2) -> Tensor:
+        """The first training examples, `[count, *]`."""
+        return self.data["train"][0][:count]
+
     def config(self) -> dict:
         """Everything that decides the outcome, as JSON; the data as a digest. Two trainers of one config train alike."""
         digest = hashlib.sha256()
@@ -174,6 +182,8 @@ class Trainer:
         budget: int | str | None = None,
         snapshot_at: int | str | None = None,
         start_at: int | str = 0,
+        penalty: Callable[[nn.Module], Tensor] | None = None,
+        on_epoch: Callable[[nn.Module, int], bool | None] | None = None,
     ) -> History:
         """Train `model` in place.
 
@@ -182,17 +192,25 @@ class Trainer:
             budget: until which iteration; None takes the trainer's own.
             snapshot_at: keep a copy of the state_dict as it was after so many iterations, in `History.snapshot`.
             start_at: the iteration to begin with: batches and learning rate go on as if the earlier ones had been run.
+            penalty: `penalty(model) -> scalar`, added to the loss of every minibatch before its backward pass, such as
+                `sl.EarlyBird.penalty`. The losses of the history are without it.
+            on_epoch: `on_epoch(model, epochs done)`, called after every whole epoch; training ends there when it returns True.
+                It may change the model's values. With `penalty` or `on_epoch` training goes through the modules.
 
         Raises:
             ValueError: a step is malformed, or `snapshot_at` lies outside of what is trained.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        for name, function in (("penalty", penalty), ("on_epoch", on_epoch)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
         check_seed(seed)
         start, end, keep = self._span(budget, snapshot_at, start_at)
         device = _device(model)
+        data = {name: _on(device, pair) for name, pair in self.data.items()}
         with _random_numbers(seed, device), dispatch.reproducible():
-            return self._train(model, seed, start, end, keep, {n: _on(device, p) for n, p in self.data.items()})
+            return self._train(model, seed, start, end, keep, data, penalty, on_epoch)
 
     fit = __call__
 
@@ -280,37 +298,41 @@ class Trainer:
             raise ValueError(f"snapshot_at: expected a step from {start} to {end}, got {snapshot_at!r}")
         return start, end, keep
 
-    def _train(self, model, seed, start, end, keep, data) -> History:
-        runner = self._runner(model, data, seed, start)
+    def _train(self, model, seed, start, end, keep, data, penalty=None, on_epoch=None) -> History:
+        runner = self._runner(model, data, seed, start, penalty, on_epoch)
         try:
             # Nobody but the optimizer sees the gradients here.
             with unmasked_gradients() if runner.masks_weights else contextlib.nullcontext():
-                return self._loop(model, runner, seed, start, end, keep, data)
+                return self._loop(model, runner, seed, start, end, keep, data, on_epoch)
         finally:
             runner.store()
 
-    def why_not_whole_step(self, model: nn.Module) -> str | None:
+    def why_not_whole_step(self, model: nn.Module, *, penalty=None, on_epoch=None) -> str | None:
         """Why `fit` cannot train this model in C++ and goes through its modules instead, None if it can."""
         if not self.whole_step:
             return "whole_step=False"
+        for name, function in (("penalty", penalty), ("on_epoch", on_epoch)):
+            if function is not None:
+                return f"{name} looks at the modules"
         if _device(model).type != "cpu":
             return f"a model on {_device(model)}"
         if self.augment is not None:
             return "minibatches are augmented"
         return why_not(model, self.data, self.optimizer, self.optimizer_options, self.loss)
 
-    def _runner(self, model, data, seed, start):
+    def _runner(self, model, data, seed, start, penalty, on_epoch):
         optimizer = self._make_optimizer(model)
-        if self.why_not_whole_step(model) is None:
+        if self.why_not_whole_step(model, penalty=penalty, on_epoch=on_epoch) is None:
             return WholeStep(model, optimizer, data)
-        return _Modules(model, optimizer, data["train"], self.loss, self.augment and self._augmented(seed, start))
+        augment = self.augment and self._augmented(seed, start)
+        return _Modules(model, optimizer, data["train"], self.loss, augment, penalty)
 
     def _augmented(self, seed, start):
         """A function that augments the minibatches in order, from the first iteration on."""
         iterations = itertools.count(start)
         return lambda x: self.augment(x, generator_of(seed, next(iterations)))
 
-    def _loop(self, model, runner, seed, start, end, keep, data) -> History:
+    def _loop(self, model, runner, seed, start, end, keep, data, on_epoch) -> History:
         history = History(snapshot=_copy(model) if keep == start else None)
         scheduled = bool(self.warmup or self.milestones)
         order = None
@@ -333,17 +355,18 @@ class Trainer:
             if done == keep:
                 runner.store()
                 history.snapshot = _copy(model)
-            if done % self.evaluate_every == 0 or done == end:
-                record, improved = self._record(
-                    runner, model, data, done, runner.take_loss() / since, best, last=done == end
-                )
+            whole = on_epoch is not None and done % self.steps_per_epoch == 0
+            stop = whole and bool(on_epoch(model, done // self.steps_per_epoch))
+            if done % self.evaluate_every == 0 or done == end or stop:
+                last = done == end or stop
+                record, improved = self._record(runner, model, data, done, runner.take_loss() / since, best, last)
                 history.records.append(record)
                 since = 0
                 if improved:
                     best, waited = record.validation_loss, 0
                 else:
                     waited += 1
-                if self.patience is not None and waited >= self.patience:
+                if stop or (self.patience is not None and waited >= self.patience):
                     break
         if not history.records:  # nothing to train: what is there is still measured
             history.records.append(self._record(runner, model, data, end, None, best, last=True)[0])
@@ -374,8 +397,8 @@ class _Modules:
 
     longest = 1  # steps in one call of `run`
 
-    def __init__(self, model, optimizer, train, loss, augment=None):
-        self.model, self.optimizer, self.loss, self.augment = model, optimizer, loss, augment
+    def __init__(self, model, optimizer, train, loss, augment=None, penalty=None):
+        self.model, self.optimizer, self.loss, self.augment, self.penalty = model, optimizer, loss, augment, penalty
         self.x, self.y = train
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.masks_weights = getattr(optimizer, "masks_weights", False)
@@ -392,7 +415,7 @@ class _Modules:
             x = self.augment(x)
         loss = self.loss(self.model(x), self.y[chosen])
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss if self.penalty is None else loss + self.penalty(self.model)).backward()
         self.optimizer.step()
         self.total += loss.detach()
 
