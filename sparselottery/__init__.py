@@ -18,8 +18,9 @@ try:
     )
     from .ops.fp32_linear import allow_fp32_emulation
     from .ops.global_topk import global_topk
-    from .pruning import prune
+    from .pruning import prune, prune_neurons
     from .tickets.imp import imp
+    from .tickets.mutual_information import mutual_information
     from .tickets.one_shot import one_shot
     from .tickets.ticket import Ticket, TicketError
     from .training.history import History
@@ -51,10 +52,12 @@ __all__ = [
     "from_torch_prune",
     "global_topk",
     "imp",
+    "mutual_information",
     "one_shot",
     "optim",
     "pack",
     "prune",
+    "prune_neurons",
     "sparsify",
     "unpack",
 ]
