@@ -287,8 +287,8 @@ BAD = [
     (dict(density="0.5"), TypeError, "density: expected a number from 0 to 1, got str"),
     (dict(density=True), TypeError, "density: expected a number from 0 to 1, got bool"),
     (dict(density=0.5, scope="local"), ValueError, "scope: expected 'global' or 'layer', got 'local'"),
-    (dict(density=0.5, criterion="l2"), ValueError, "criterion: expected 'magnitude', 'random', a callable"),
-    (dict(density=0.5, criterion=3), TypeError, "criterion: expected 'magnitude', 'random', a callable"),
+    (dict(density=0.5, criterion="l2"), ValueError, "criterion: expected 'magnitude', 'random', "),
+    (dict(density=0.5, criterion=3), TypeError, "criterion: expected 'magnitude', 'random', "),
     (dict(density=0.5, criterion={"0": torch.ones(300, 64)}), ValueError, "criterion: no scores for 2, 4"),
     (
         dict(density=0.5, criterion=lambda n, m: m.bias),

@@ -1,7 +1,18 @@
 """Which weights survive: criteria (scores), structures (what is pruned at once), scope (who competes), and prune."""
 
 from ..nn.convert import masked_modules
+from .criteria import NAMES as CRITERIA
 from .neurons import NeuronReport, prune_neurons
 from .prune import LayerReport, PruneReport, prune
+from .sensitivity import sensitivity_scores
 
-__all__ = ["LayerReport", "NeuronReport", "PruneReport", "masked_modules", "prune", "prune_neurons"]
+__all__ = [
+    "CRITERIA",
+    "LayerReport",
+    "NeuronReport",
+    "PruneReport",
+    "masked_modules",
+    "prune",
+    "prune_neurons",
+    "sensitivity_scores",
+]

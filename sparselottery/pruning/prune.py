@@ -2,16 +2,17 @@
 
 import functools
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..nn.convert import Exclude, as_tuple, excluded_names, masked_modules, sparsify, unpacked
 from ..ops import bitmask
-from . import criteria, structures
+from . import criteria, sensitivity, structures
 from .criteria import Criterion
 from .scope import Group, by_rate, groups, to_density
 
@@ -80,6 +81,10 @@ def prune(
     exclude: Exclude = (),
     optimizer: Optimizer | None = None,
     generator: torch.Generator | None = None,
+    initial: nn.Module | Mapping[str, Tensor] | None = None,
+    batch: tuple[Tensor, Tensor] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    rounds: int | None = None,
 ) -> PruneReport:
     """Prune a model in place: masks change, pruned weights become 0 and never come back.
 
@@ -99,7 +104,10 @@ def prune(
     Args:
         scope: "global": the weights of all layers are ranked together. "layer": each layer is ranked by itself; every
             layer gets the density asked for, or loses the rate.
-        criterion: "magnitude", "random", a callable `(name, layer) -> scores` or {name: scores}; see `criteria.scores`.
+        criterion: "magnitude"; "random"; "large-final", "small-final", "large-init", "small-init",
+            "large-init-large-final", "small-init-small-final", "magnitude-increase" or "movement", each also with
+            "-same-sign" or "-diff-sign" (Zhou et al. 2019; formulas in criteria.py); "snip", "grasp" or "synflow"
+            (sensitivity.py); a callable `(name, layer) -> scores` or {name: scores}, of which the largest survive.
         structure: "unstructured"; "block:RxC" (R outputs by C inputs; of a convolution, for each tap) and "channel" (an
             output of a layer, so exclude the last one) prune groups of weights, of which a density or rate then speaks:
             `round(density * groups)` of them survive, and one that an edge cuts off counts like the others. "N:M" keeps
@@ -117,6 +125,11 @@ def prune(
             weights stay zero all the same, but state left over from before would act again if a weight were given back.
             With packed layers, whose `values` get fewer, an optimizer that has begun must be handed over.
         generator: for criterion "random"; None: torch's default one.
+        initial: the state_dict (or model) of before training, for criteria that compare with it.
+        batch: (x `[N, *]`, y `[N]`) for "snip" and "grasp"; "synflow" looks at the shape of x alone, y may be None.
+        loss: `loss(output, y) -> scalar` for "snip" and "grasp"; None is cross-entropy.
+        rounds: for these three: score anew and prune so many times, each time the same fraction of what is left. None
+            is 100 for "synflow" and 1 for the others, as their authors have it.
 
     Returns:
         What survived, in all and per layer.
@@ -124,8 +137,14 @@ def prune(
     Raises:
         TypeError, ValueError: an argument is not as described; a density above the present one; NaN in a weight or a
             score (the message names the layer). Nothing has been pruned then.
+
+    Warns:
+        UserWarning: layers that are ranked together leave one of them without any weight. The count is still exact, but
+            the output of the network may no longer depend on its input (SNIP and GraSP are known for that).
     """
     structure = structures.parse(structure)
+    criteria.check(criterion)
+    rounds = _rounds(rounds, criterion, structure)
     given = [
         name for name, value in (("density", density), ("sparsity", sparsity), ("rate", rate)) if value is not None
     ]
@@ -160,17 +179,16 @@ def prune(
             raise ValueError("rates: expected None with a density per layer")
 
     before = {name: layer.mask for name, layer in layers.items()}
-    values, by = criteria.scores(criterion, layers, generator)
-    scores = dict(zip(layers, values, strict=True))
+    scorer = criteria.scorer(criterion, model, layers, criteria.Evidence(initial, batch, loss, generator))
     if isinstance(structure, structures.NofM):
+        values, by = scorer(before)
         after = {
-            name: structures.n_of_m(structure, layer, before[name], scores[name], by, name)
-            for name, layer in layers.items()
+            name: structures.n_of_m(structure, layer, before[name], score, by, name)
+            for (name, layer), score in zip(layers.items(), values, strict=True)
         }
         threshold = None
     else:
-        selector = structures.Selector(structure, layers, before, scores, by)
-        after, threshold = selector.solve(_groups(selector, density, rate, scope, rates))
+        after, threshold = _select(structure, layers, before, scorer, rounds, density, rate, scope, rates)
 
     for name, mask in after.items():
         layers[name].set_mask(mask)
@@ -181,6 +199,46 @@ def prune(
         _clear_state(optimizer, layers)
     report = {name: LayerReport(layer.mask.count, layer.weight.numel()) for name, layer in layers.items()}
     return PruneReport(sum(r.kept for r in report.values()), sum(r.total for r in report.values()), report, threshold)
+
+
+def _select(structure, layers, before, scorer, rounds, density, rate, scope, rates):
+    """The masks after, in one round or several, and the smallest surviving score."""
+    current, found = before, None
+    for done in range(1, rounds + 1):
+        values, by = scorer(current)
+        selector = structures.Selector(structure, layers, current, dict(zip(layers, values, strict=True)), by)
+        if found is None:
+            found = _groups(selector, density, rate, scope, rates)
+            ends = [(group.count, group.keep) for group in found]
+        for group, (count, keep) in zip(found, ends, strict=True):
+            group.keep = keep if done == rounds else round(count * (keep / count) ** (done / rounds)) if count else 0
+        after, threshold = selector.solve(found)
+        current = {**current, **after}
+    for group in found:
+        emptied = [n for n in group.names if len(group.names) > 1 and before[n].count and not current[n].count]
+        if emptied and group.keep:
+            warnings.warn(
+                f"prune: nothing is left in {', '.join(emptied)}; with scope='layer' every layer keeps its share",
+                stacklevel=4,
+            )
+    return {name: current[name] for group in found for name in group.names}, threshold
+
+
+def _rounds(rounds, criterion, structure) -> int:
+    if rounds is None:
+        at_once = isinstance(structure, structures.NofM) or not isinstance(criterion, str)
+        return 1 if at_once else sensitivity.ROUNDS.get(criterion, 1)
+    if isinstance(rounds, bool) or not isinstance(rounds, int):
+        raise TypeError(f"rounds: expected an int, got {type(rounds).__name__}")
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    if rounds > 1 and not criteria.needs_batch(criterion):
+        raise ValueError(
+            f"rounds: expected 1 but for {', '.join(sensitivity.NAMES)}: other scores are the same every time, got {rounds}"
+        )
+    if rounds > 1 and isinstance(structure, structures.NofM):
+        raise ValueError(f"rounds: expected 1 with structure {structure.n}:{structure.m}, got {rounds}")
+    return rounds
 
 
 def _groups(selector, density, rate, scope, rates):
