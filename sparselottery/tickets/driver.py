@@ -22,7 +22,7 @@ from ..pruning import prune
 from ..training.history import History, check_seed, parse_step
 from . import controls
 from .batches import batches, fit_many_of, how_many
-from .pool import Pool, check_guarded
+from .pool import check_guarded, run_all, torch_threads
 from .result import Result, summary
 from .store import Job, Store, sha256
 from .ticket import Ticket
@@ -164,37 +164,14 @@ def _done(plan: Plan, store: Store, todo: list[Job], done: set[Job], workers: in
         for batch in batches(plan.jobs(), plan.replicas):
             wanted = [job for job in batch if job in todo]
             if wanted:
-                with _threads(plan.threads):
+                with torch_threads(plan.threads):
                     run_jobs(plan, store.folder, batch, wanted)
             for job in wanted:
                 done.add(job)
                 yield job
         return
     todo = sorted(todo, key=lambda job: (job.kind != "ticket", job.level, job.seed, job.kind, job.repeat))
-
-    def ready() -> Job | None:
-        for job in todo:
-            if plan.needs(job) is None or plan.needs(job) in done:
-                todo.remove(job)
-                return job
-        return None
-
-    workers = min(workers, len(todo))
-    if workers <= 1:
-        with _threads(plan.threads):
-            while todo:
-                job = ready()
-                run_job(plan, store.folder, job)
-                done.add(job)
-                yield job
-        return
-    with Pool(workers, run_job, (plan, store.folder), plan.threads or 1) as pool:
-        while todo or pool.busy:
-            while pool.idle and (job := ready()) is not None:
-                pool.submit(job)
-            for job in pool.finished():
-                done.add(job)
-                yield job
+    yield from run_all(todo, plan.needs, done, run_job, (plan, store.folder), workers, plan.threads)
 
 
 def run_job(plan: Plan, folder: Path, job: Job) -> None:
@@ -437,17 +414,6 @@ def seeded(seed: int):
         finally:
             random.setstate(python)
             np.random.set_state(arrays)
-
-
-@contextmanager
-def _threads(count: int | None):
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def cores() -> int:

@@ -6,7 +6,7 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -26,6 +26,60 @@ def check_guarded() -> None:
         multiprocessing.current_process(), "_inheriting", False
     ):  # set while a spawned process imports the script
         raise RuntimeError(f"workers: more than 1 needs {GUARD}")
+
+
+def run_all(
+    todo: Sequence[Hashable],
+    needs: Callable[[Hashable], Hashable | None],
+    done: set,
+    function: Callable,
+    shared: tuple,
+    workers: int,
+    threads: int | None = None,
+) -> Iterator[Hashable]:
+    """`function(*shared, item)` for every item of `todo`, each once the item that it `needs` is done; yields each when it is.
+
+    Args:
+        todo: in order of preference. done: items that were done before; those that are finished join them.
+        workers: processes; 1 runs all in this one. threads: CPU threads of each; None is 1 with several workers, else torch's.
+    """
+    todo = list(todo)
+
+    def ready() -> Hashable | None:
+        for item in todo:
+            if needs(item) is None or needs(item) in done:
+                todo.remove(item)
+                return item
+        return None
+
+    workers = min(workers, len(todo))
+    if workers <= 1:
+        with torch_threads(threads):
+            while todo:
+                item = ready()
+                function(*shared, item)
+                done.add(item)
+                yield item
+        return
+    with Pool(workers, function, shared, threads or 1) as pool:
+        while todo or pool.busy:
+            while pool.idle and (item := ready()) is not None:
+                pool.submit(item)
+            for item in pool.finished():
+                done.add(item)
+                yield item
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Inside, torch uses so many CPU threads; None leaves it alone."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Pool:

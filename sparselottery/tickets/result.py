@@ -47,14 +47,14 @@ def summary(store: Store, jobs: Sequence[Job]) -> dict:
             histories = [History.from_json(o["history"]) for o in here if o["kind"] == kind]
             if histories:
                 repeats = len({o["repeat"] for o in here if o["kind"] == kind})
-                entry[kind] = _figures(histories, repeats)
+                entry[kind] = figures(histories, repeats)
         levels.append(entry)
     level = found_level(levels)
     seeds = [job.seed for job in jobs if job.level == level and job.kind == "ticket"]
     return {"found": {"level": level, "seed": seeds[0], "density": levels[level]["density"]}, "levels": levels}
 
 
-def _figures(histories: Sequence[History], repeats: int) -> dict:
+def figures(histories: Sequence[History], repeats: int = 1) -> dict:
     """What was measured in every one of them, seed by seed."""
     measured = {figure: [getattr(h, figure) for h in histories] for figure in FIGURES}
     return {figure: interval(values, repeats) for figure, values in measured.items() if None not in values}
