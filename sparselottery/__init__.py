@@ -19,6 +19,7 @@ try:
     from .ops.fp32_linear import allow_fp32_emulation
     from .ops.global_topk import global_topk
     from .pruning import prune, prune_neurons
+    from .tickets.early_bird import EarlyBird
     from .tickets.imp import imp
     from .tickets.mutual_information import mutual_information
     from .tickets.one_shot import one_shot
@@ -36,6 +37,7 @@ except KeyboardInterrupt:  # torch takes seconds to come, and of a command a use
     raise SystemExit(130) from None
 
 __all__ = [
+    "EarlyBird",
     "History",
     "Mask",
     "MaskedConv2d",

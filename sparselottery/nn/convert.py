@@ -288,6 +288,24 @@ def masked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def maskable_modules(model: nn.Module, *, exclude: Exclude = ()) -> dict[str, nn.Module]:
+    """name -> layer of every layer that `sparsify` has masked or would mask, in the order of `named_modules()`, once per
+    distinct weight. The model stays as it is.
+
+    Raises:
+        TypeError, ValueError: as for `sparsify`.
+    """
+    excluded = excluded_names(model, exclude)
+    plain = {name for name, _, reason in _candidates(model, exclude) if reason is None}
+    masked = {name for name, _ in masked_modules(model)} - excluded
+    seen, found = set(), {}
+    for name, module in model.named_modules():
+        if (name in plain or name in masked) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            found[name] = module
+    return found
+
+
 def as_tuple(exclude: Exclude) -> tuple:
     """What `exclude` lists, to be read more than once; a single name or class is one too.
 

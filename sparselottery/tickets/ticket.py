@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..masks import Mask
 from ..nn.convert import masked_modules, sparsify_named
@@ -33,7 +34,7 @@ class Ticket:
     """Masks and the weights they start from (Frankle & Carbin 2019: m and θ0).
 
     Args:
-        masks: layer name -> `Mask` of its weight.
+        masks: layer name -> `Mask` of its weight; of a BatchNorm layer, whose weight is the scale γ, a mask of its channels.
         initial: the whole state of the network to start from, parameters and buffers by state_dict key, without masks.
 
     Raises:
@@ -64,34 +65,15 @@ class Ticket:
             TypeError: one of them is something else.
             TicketError: no masked layers, or keys or shapes of `initial` that differ from the model's.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if isinstance(initial, nn.Module):
-            initial = initial.state_dict()
-        elif not isinstance(initial, Mapping):
-            raise TypeError(f"initial: expected a state_dict or an nn.Module, got {type(initial).__name__}")
-        own = _plain_state(model)
-        mask_keys = {key for key in initial if key.endswith("weight_mask") and key.removesuffix("_mask") in initial}
-        given = {  # a module of somebody else's may have such a buffer too: then the model has it without its masks
-            key: value
-            for key, value in initial.items()
-            if (key in own or key not in mask_keys) and isinstance(value, Tensor)
-        }
-        _check_keys("initial", {key: v.shape for key, v in own.items()}, {key: v.shape for key, v in given.items()})
-        copies: dict[tuple, Tensor] = {}
-        state = {}
-        for key in own:  # tied weights stay one tensor
-            value = given[key].detach()
-            place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else key
-            if place not in copies:
-                copies[place] = value.to("cpu", copy=True)
-            state[key] = copies[place]
+        state = state_for(model, initial)
         return cls({name: layer.mask.to("cpu") for name, layer in masked_modules(model)}, state)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Give a model the masks and the weights of the ticket, in place; plain layers become masked ones. Returns it.
 
-        Masked layers that the ticket does not know keep everything. Nothing is changed when something does not fit.
+        Masked layers that the ticket does not know keep everything. Of a BatchNorm layer the scale γ and the shift β of
+        channels off the mask become zero, and nothing keeps them there: `sl.shrink` makes such a network smaller instead.
+        Nothing is changed when something does not fit.
 
         Raises:
             TypeError: not a module.
@@ -103,13 +85,20 @@ class Ticket:
         _check_keys(
             "model", {key: v.shape for key, v in self.initial.items()}, {key: v.shape for key, v in own.items()}
         )
+        modules = dict(model.named_modules(remove_duplicate=False))
+        norms = {name for name in self.masks if isinstance(modules.get(name), _BatchNorm)}
         try:
-            sparsify_named(model, self.masks)
+            sparsify_named(model, self.masks.keys() - norms)
         except ValueError as error:
             raise TicketError(f"model: {error}") from None
         model.load_state_dict(self.initial)  # a state without masks: every mask keeps everything
         for name, mask in self.masks.items():
-            model.get_submodule(name).set_mask(mask)
+            if name in norms:
+                scale_and_shift = modules[name]._parameters.values()
+                for value in (v for v in scale_and_shift if v is not None):
+                    bitmask.apply_(value.data, mask.to(value.device).words)
+            else:
+                modules[name].set_mask(mask)
         return model
 
     @property
@@ -218,6 +207,37 @@ class Ticket:
     def _tensors(self) -> dict[str, Tensor]:
         words = {_MASK + name: mask.words for name, mask in self.masks.items()}
         return words | {_WEIGHT + key: value for key, value in self.initial.items()}
+
+
+def state_for(model: nn.Module, initial: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU of the values of `initial`, a model like `model` or its state_dict: what a ticket starts from.
+
+    Raises:
+        TypeError, TicketError: as for `Ticket.of`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(initial, nn.Module):
+        initial = initial.state_dict()
+    elif not isinstance(initial, Mapping):
+        raise TypeError(f"initial: expected a state_dict or an nn.Module, got {type(initial).__name__}")
+    own = _plain_state(model)
+    mask_keys = {key for key in initial if key.endswith("weight_mask") and key.removesuffix("_mask") in initial}
+    given = {  # a module of somebody else's may have such a buffer too: then the model has it without its masks
+        key: value
+        for key, value in initial.items()
+        if (key in own or key not in mask_keys) and isinstance(value, Tensor)
+    }
+    _check_keys("initial", {key: v.shape for key, v in own.items()}, {key: v.shape for key, v in given.items()})
+    copies: dict[tuple, Tensor] = {}
+    state = {}
+    for key in own:  # tied weights stay one tensor
+        value = given[key].detach()
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else key
+        if place not in copies:
+            copies[place] = value.to("cpu", copy=True)
+        state[key] = copies[place]
+    return state
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
