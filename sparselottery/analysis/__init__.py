@@ -21,7 +21,12 @@ from ..tickets.ticket import write_atomic
 from .figure import Figure
 
 # name -> module of this package that has `figures(numbers: dict) -> list[Figure]`; reports show them in this order
-ANALYSES: dict[str, str] = {}
+ANALYSES: dict[str, str] = {
+    "weight-motion": "weight_motion",
+    "class-damage": "class_damage",
+    "landscape": "landscape",
+    "stability": "stability",
+}
 
 FOLDER = "analysis"
 

@@ -8,6 +8,7 @@ COMMANDS = {  # command -> module here, in the order of --help
     "one-shot": "one_shot",
     "reproduce": "reproduce",
     "bench": "bench",
+    "analyze": "analyze",
     "report": "report",
     "env": "env",
 }

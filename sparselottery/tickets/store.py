@@ -10,8 +10,8 @@
     claims.json        of `sparselottery reproduce`: which claims of the paper hold
     manifest.json      SHA-256 of every file above
 
-Reports and figures stand beside them; they can be made again and are not in the manifest. Every file but metrics.jsonl is
-written to a temporary name, flushed to the disk and renamed, so it is whole or absent. A job is done when its file exists;
+Reports, figures and analyses stand beside them; they can be made again and are not in the manifest. Every file but
+metrics.jsonl is written to a temporary name, flushed to the disk and renamed, so it is whole or absent. A job is done when its file exists;
 what a killed process had begun is done again, to the same bits. metrics.jsonl grows by whole jobs and is written anew from
 them at the start and at the end, so a torn line does not last and none comes twice. Files of somebody else's in the folder
 are left alone: it may well be a home or a project.
@@ -82,7 +82,7 @@ class Store:
             except BlockingIOError:
                 waiting()
                 fcntl.flock(file, fcntl.LOCK_EX)
-            for place in (self.folder, self.folder / "jobs", self.folder / "tickets"):
+            for place in (self.folder, *(self.folder / name for name in ("jobs", "tickets", "analysis"))):
                 for left in place.glob(".*"):  # temporary files of a process killed in the middle of a write
                     if TEMPORARY.fullmatch(left.name) and left.is_file():
                         left.unlink(missing_ok=True)
