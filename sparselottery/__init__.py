@@ -18,7 +18,7 @@ try:
     )
     from .ops.fp32_linear import allow_fp32_emulation
     from .ops.global_topk import global_topk
-    from .pruning import prune, prune_neurons
+    from .pruning import Gradual, prune, prune_neurons
     from .tickets.early_bird import EarlyBird
     from .tickets.imp import imp
     from .tickets.mutual_information import mutual_information
@@ -38,6 +38,7 @@ except KeyboardInterrupt:  # torch takes seconds to come, and of a command a use
 
 __all__ = [
     "EarlyBird",
+    "Gradual",
     "History",
     "Mask",
     "MaskedConv2d",

@@ -5,7 +5,9 @@ Each field's metadata says what it means ("help") and, where it is a choice, of 
 
 from dataclasses import asdict, dataclass, field, fields, replace
 
+from ..pruning import CRITERIA
 from ..tickets.controls import CONTROLS
+from ..tickets.masking import SCHEDULES
 from ..training.augment import AUGMENTATIONS
 from .data import DATASETS
 from .models import MODELS
@@ -51,7 +53,10 @@ class _Search(Training):
     scope: str = _of("layer", "prune every layer by the rate, or rank all weights together", ("layer", "global"))
     output_factor: float = _of(0.5, "factor on the rate in the output layer (0 with global scope: it is not pruned)")
     conv_factor: float = _of(1.0, "factor on the rate in convolutions")
-    rewind: str = _of("init", "rewind to the initial values, or to a step such as 500it or 2ep")
+    criterion: str = _of("magnitude", "which weights survive", CRITERIA)
+    rewind: str = _of(
+        "init", "rewind to the initial values, to a step such as 500it or 2ep, or lr: the learning rate alone"
+    )
     controls: tuple[str, ...] = _of(("reinit", "random-mask"), "controls trained at every level", CONTROLS)
     control_levels: tuple[int, ...] | None = _of(None, "levels at which controls are trained (all)")
     repeats: int = _of(1, "how often each control is trained per seed")
@@ -82,6 +87,21 @@ class Imp(_Search):
 
     rounds: int = _of(15, "rounds of pruning; level 0 is the dense network")
     rate: float = _of(0.2, "fraction of the remaining weights pruned in a round")
+    density: float | None = _of(
+        None, "end at this density: every round keeps density^(1 / rounds) (in place of --rate)"
+    )
+
+    def pace(self) -> dict:
+        """How fast, as `sl.imp` takes it.
+
+        Raises:
+            ValueError: both a rate and a density.
+        """
+        if self.density is None:
+            return {"rounds": self.rounds, "rate": self.rate}
+        if self.rate != 0.2:
+            raise ValueError(f"rate: expected none with --density, which makes it, got {self.rate:g}")
+        return {"rounds": self.rounds, "density": self.density}
 
 
 @dataclass(frozen=True)
@@ -89,6 +109,9 @@ class OneShot(_Search):
     """One-shot pruning."""
 
     densities: tuple[float, ...] = _of((0.5, 0.2, 0.1, 0.05), "fractions of the weights to keep")
+    schedule: str = _of(
+        "once", "prune the trained network at once, or another one gradually while it trains, for the mask", SCHEDULES
+    )
 
 
 def _with_unit(step):

@@ -53,10 +53,10 @@ class Fit:
         )
 
     def __call__(
-        self, model, *, seed, budget=None, snapshot_at=None, start_at=0, penalty=None, on_epoch=None
+        self, model, *, seed, budget=None, snapshot_at=None, start_at=0, penalty=None, on_epoch=None, schedule=None
     ) -> History:
         steps = {"budget": budget, "snapshot_at": snapshot_at, "start_at": start_at}
-        return self.trainer(model, seed=seed, **steps, penalty=penalty, on_epoch=on_epoch)
+        return self.trainer(model, seed=seed, **steps, penalty=penalty, on_epoch=on_epoch, schedule=schedule)
 
     def epochs(self, budget=None) -> int:
         return self.trainer.epochs(budget)
@@ -101,7 +101,7 @@ def run_imp(
         workers: processes, one CPU thread each (the results do not depend on it); None is one per core.
         progress: see `sl.imp`.
     """
-    return _run(imp, "imp", hparams, out, data_root, workers, progress, rounds=hparams.rounds, rate=hparams.rate)
+    return _run(imp, "imp", hparams, out, data_root, workers, progress, **hparams.pace())
 
 
 def run_one_shot(
@@ -113,15 +113,26 @@ def run_one_shot(
     progress: Callable[[dict], None] | None = None,
 ) -> Result:
     """One-shot pruning; the arguments are those of `run_imp`."""
-    return _run(one_shot, "one-shot", hparams, out, data_root, workers, progress, density=hparams.densities)
+    return _run(
+        one_shot,
+        "one-shot",
+        hparams,
+        out,
+        data_root,
+        workers,
+        progress,
+        density=hparams.densities,
+        schedule=hparams.schedule,
+    )
 
 
-def _run(driver, title, hparams, out, data_root, workers, progress, **schedule) -> Result:
+def _run(driver, title, hparams, out, data_root, workers, progress, **pace) -> Result:
     fit = Fit(hparams, data_root)
     return driver(
         fit.make_model(),
         fit,
-        **schedule,
+        **pace,
+        criterion=hparams.criterion,
         rewind=hparams.rewind,
         controls=hparams.controls,
         control_levels=hparams.control_levels,

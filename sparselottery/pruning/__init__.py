@@ -4,15 +4,19 @@ from ..nn.convert import masked_modules
 from .criteria import NAMES as CRITERIA
 from .neurons import NeuronReport, prune_neurons
 from .prune import LayerReport, PruneReport, prune
+from .schedules import Gradual, rate_for, round_densities
 from .sensitivity import sensitivity_scores
 
 __all__ = [
     "CRITERIA",
+    "Gradual",
     "LayerReport",
     "NeuronReport",
     "PruneReport",
     "masked_modules",
     "prune",
     "prune_neurons",
+    "rate_for",
+    "round_densities",
     "sensitivity_scores",
 ]

@@ -3,27 +3,24 @@
 import hashlib
 import inspect
 import os
-import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from .. import _ext
 from ..nn.convert import masked_modules, sparsify
 from ..ops import dispatch
-from ..pruning import prune
 from ..training.history import History, check_seed, parse_step
-from . import controls
+from . import controls, masking
 from .batches import batches, fit_many_of, how_many
 from .pool import check_guarded, run_all, torch_threads
 from .result import Result, summary
+from .seeding import seeded
 from .store import Job, Store, sha256
 from .ticket import Ticket
 
@@ -35,7 +32,7 @@ class Plan:
     """Everything a job needs to know. It pickles if `make_model` and `fit` do.
 
     Level i + 1 is what `prune(**steps[i])` leaves of the trained network of level `parents[i]`; `steps` fall in density.
-    `title` is the driver's.
+    `title` is the driver's. `schedule` "gradual" prunes to it while another dense network trains, `at_start` before training.
     """
 
     title: str
@@ -52,6 +49,14 @@ class Plan:
     exclude: tuple = ()
     threads: int | None = None
     replicas: int | None = 1
+    batch: tuple | None = None
+    schedule: str = "once"
+    at_start: bool = False
+
+    @property
+    def rewind_step(self) -> str | int | None:
+        """The step of the dense training that is rewound to, if that is what `rewind` says."""
+        return None if self.rewind in ("init", "lr") else self.rewind
 
     def jobs(self) -> list[Job]:
         """All of them, in the order of metrics.jsonl."""
@@ -90,7 +95,7 @@ class Plan:
         fit = self.fit.config() if hasattr(self.fit, "config") else name_of(self.fit)
         return {
             "driver": self.title,
-            "steps": [{**step, "exclude": [str(e) for e in step["exclude"]]} for step in self.steps],
+            "steps": [_described(step) for step in self.steps],
             "make_model": name_of(self.make_model),
             "fit": fit,
             "seeds": list(self.seeds),
@@ -100,6 +105,8 @@ class Plan:
             "repeats": self.repeats,
             "budget": self.budget,
             **({"replicas": self.replicas} if self.replicas > 1 else {}),
+            **({"schedule": self.schedule} if self.schedule != "once" else {}),
+            **({"batch": masking.digest_of(self.batch)} if self.batch is not None else {}),
         }
 
 
@@ -112,7 +119,7 @@ def run(
     """
     asked = getattr(plan.fit, "check", None)
     if callable(asked) and accepts(asked, "budget", "snapshot_at"):  # before a mistake can leave anything behind
-        rewinding = {"snapshot_at": plan.rewind} if plan.rewind != "init" else {}
+        rewinding = {"snapshot_at": plan.rewind} if plan.rewind_step is not None else {}
         asked(plan.build(plan.seeds[0]), budget=plan.budget, **rewinding)
     many = how_many(plan.replicas, plan.fit, lambda: plan.build(plan.seeds[0]), workers)
     plan = replace(plan, replicas=many)
@@ -183,7 +190,7 @@ def run_jobs(plan: Plan, folder: Path, jobs: Sequence[Job], wanted: Sequence[Job
     """Trainings of one level, several of them at once; only those that are `wanted` leave something."""
     store = Store(folder)
     begin = time.perf_counter()
-    dense, rewinding = jobs[0].level == 0, plan.rewind != "init"
+    dense, rewinding = jobs[0].level == 0, plan.rewind_step is not None
     steps = {"snapshot_at" if dense else "start_at": plan.rewind} if rewinding else {}
     with dispatch.reproducible():
         models, starts = [], []
@@ -205,11 +212,15 @@ def _finish(
     begin = time.perf_counter()
     saved, rewound = {}, start
     if job.level == 0:
-        rewound = _snapshot(plan, start, history) if plan.rewind != "init" else start
+        if plan.rewind_step is not None:
+            rewound = _snapshot(plan, start, history)
+        elif plan.rewind == "lr":
+            rewound = Ticket.of(model, model)
         saved[0] = rewound.save(store.ticket(job.seed, 0))
-    for level in filter(None, plan.tickets(job)):
-        prune(model, **plan.steps[level - 1])
-        saved[level] = Ticket.of(model, rewound.initial).save(store.ticket(job.seed, level))
+    levels = [level for level in plan.tickets(job) if level]
+    for level, found in masking.masked_models(plan, job.seed, levels, model, start, rewound):
+        ticket = Ticket.of(found, found if plan.rewind == "lr" else rewound.initial)
+        saved[level] = ticket.save(store.ticket(job.seed, level))
     outcome = {
         "density": start.density,
         "kept": start.count,
@@ -233,7 +244,7 @@ def _start(plan: Plan, store: Store, job: Job) -> Ticket:
     initial = Ticket.load(store.ticket(job.seed, 0)).initial
     if job.kind == "random-mask":
         return controls.random_mask(ticket, initial, seed)
-    return controls.shuffle(ticket, initial, seed)
+    return controls.shuffle(ticket, ticket.initial, seed)
 
 
 def _fit(plan: Plan, models: Sequence[nn.Module], jobs: Sequence[Job], **steps) -> list[History]:
@@ -286,6 +297,14 @@ def _event(store: Store, job: Job) -> dict:
         "early_stop_iteration": history.early_stop_iteration,
         "test_accuracy": history.test_accuracy,
     }
+
+
+def _described(step: Mapping) -> dict:
+    """The arguments of `prune`, as JSON."""
+    found = {**step, "exclude": [str(e) for e in step["exclude"]]}
+    if callable(found.get("criterion")):
+        found["criterion"] = name_of(found["criterion"])
+    return found
 
 
 # ---- what users hand in ----
@@ -344,7 +363,7 @@ def check(make_model, fit, seeds, rewind, names, repeats, workers, threads) -> t
         raise ValueError(f"controls: expected any of {', '.join(controls.CONTROLS)}, got {names!r}")
     if len(set(names)) != len(names):
         raise ValueError(f"controls: expected each once (`repeats` trains it several times), got {names!r}")
-    if rewind != "init":
+    if rewind not in ("init", "lr"):
         parse_step(rewind, steps_per_epoch=1, name="rewind")
         if not accepts(fit, "snapshot_at", "start_at"):
             raise TypeError(
@@ -399,21 +418,6 @@ def probe(make_model, seed, exclude, names) -> nn.Module:
             "draw them from the seed, or leave that control out"
         )
     return model
-
-
-@contextmanager
-def seeded(seed: int):
-    """Every usual generator seeded inside (so that a fit that draws from one is repeatable), restored afterwards."""
-    python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
 
 
 def cores() -> int:

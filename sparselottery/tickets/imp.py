@@ -3,12 +3,12 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.convert import as_tuple
-from ..pruning import prune
+from ..pruning import round_densities
 from . import controls as control_kinds
-from . import driver
+from . import driver, masking
 from .result import Result
 
 
@@ -17,8 +17,10 @@ def imp(
     fit: Callable,
     *,
     rounds: int | None = None,
-    rate: float = 0.2,
+    rate: float | None = None,
     density: float | None = None,
+    criterion: str | Callable = "magnitude",
+    batch: tuple[Tensor, Tensor] | None = None,
     rewind: str | int = "init",
     controls: Sequence[str] = control_kinds.CONTROLS,
     control_levels: Sequence[int] | None = None,
@@ -46,9 +48,17 @@ def imp(
             returns a History or a mapping with "test_accuracy" (and, for the early stop, see `History.of`). To rewind to a
             step it also takes `snapshot_at` (return the state_dict at that step as the history's `snapshot`) and `start_at`.
             If it has a method `check(model, *, budget, snapshot_at)`, that is asked before anything is made.
-        rounds, density: how many rounds of pruning, or instead until this fraction of the weights or less is left.
-        rate: the fraction of the remaining weights pruned in a round.
+        rounds: how many rounds of pruning.
+        rate: the fraction of the remaining weights pruned in a round; None is 0.2.
+        density: in place of `rounds`, until this fraction of the weights or less is left. With `rounds`, in place of `rate`:
+            every round keeps density^(1 / rounds) of what is left, and the last ends at exactly this density.
+        criterion: which of the trained weights survive: a name of `sl.pruning.CRITERIA` or a callable (see `sl.prune`).
+            Initial values are those that the ticket is rewound to.
+        batch: (x, y) for "snip", "grasp" and "synflow"; None is 10 training examples of each class if `fit` is a sl.Trainer.
         rewind: "init" (to the initial values), or a step of the dense training: "500it", "2ep". Training then starts at it.
+            "lr" leaves the weights as they are and rewinds the learning rate alone: every round trains on from the survivors'
+            trained values with the whole schedule (Renda et al. 2020, arXiv 2003.02389). Then level 0's ticket holds the
+            trained weights, which the controls random-mask and shuffle take too.
         controls: "reinit", "random-mask", "shuffle" (see tickets/controls.py), each trained at every level, or at
             `control_levels` only, `repeats` times each.
         seeds: how many trials (0, 1, ...), or their seeds. One decides initial values, batch order and random masks.
@@ -70,11 +80,14 @@ def imp(
         TypeError, ValueError: an argument is not as described; the message names it.
     """
     chosen = driver.check(make_model, fit, seeds, rewind, controls, repeats, workers, threads)
+    masking.check(fit, criterion, batch, rewind)
     exclude = as_tuple(exclude)
     if rates is None:
         rates = {"output": 0.5} if scope == "layer" else {}
-    step = {"rate": rate, "scope": scope, "rates": driver.as_rates(rates), "exclude": exclude}
-    steps = (step,) * _count(driver.probe(make_model, chosen[0], exclude, controls), step, rounds, density)
+    shared = {"scope": scope, "rates": driver.as_rates(rates), "exclude": exclude}
+    if criterion != "magnitude":
+        shared["criterion"] = criterion
+    steps = _steps(driver.probe(make_model, chosen[0], exclude, controls), shared, rounds, rate, density)
     plan = driver.Plan(
         title="imp",
         make_model=make_model,
@@ -90,29 +103,39 @@ def imp(
         exclude=exclude,
         threads=threads,
         replicas=replicas,
+        batch=batch,
     )
     return driver.run(plan, out, workers, progress, config)
 
 
-def _count(model: nn.Module, step: Mapping, rounds: int | None, density: float | None) -> int:
-    """How many rounds: tried out on `model`, since what a round leaves does not depend on the weights."""
-    if (rounds is None) == (density is None):
-        raise ValueError("rounds: expected either rounds or density, got " + ("neither" if rounds is None else "both"))
-    if not isinstance(step["rate"], int | float) or not 0 < step["rate"] < 1:
-        raise ValueError(f"rate: expected a fraction between 0 and 1, got {step['rate']!r}")
+def _steps(model: nn.Module, shared: Mapping, rounds, rate, density) -> tuple[dict, ...]:
+    """The arguments of `prune` in each round, tried out on `model`, since what a round leaves does not depend on the weights."""
+    if rounds is None and density is None:
+        raise ValueError("rounds: expected rounds, density or both, got neither")
+    if rounds is not None and density is not None:
+        if rate is not None:
+            raise ValueError(f"rate: expected None with both rounds and density, which make it, got {rate!r}")
+        steps = tuple({"density": d, **shared} for d in round_densities(density, rounds))
+        for step in steps:
+            masking.try_out(model, step)
+        return steps
+    rate = 0.2 if rate is None else rate
+    if not isinstance(rate, int | float) or not 0 < rate < 1:
+        raise ValueError(f"rate: expected a fraction between 0 and 1, got {rate!r}")
+    step = {"rate": rate, **shared}
     if rounds is not None:
         if isinstance(rounds, bool) or not isinstance(rounds, int):
             raise TypeError(f"rounds: expected an int, got {type(rounds).__name__}")
         if rounds < 0:
             raise ValueError(f"rounds: expected at least 0, got {rounds}")
-        prune(model, **step)  # complains about scope, rates and the like before anything is trained
-        return rounds
+        masking.try_out(model, step)  # complains about scope, rates and the like before anything is trained
+        return (step,) * rounds
     if not isinstance(density, int | float) or not 0 < density < 1:
         raise ValueError(f"density: expected a fraction between 0 and 1, got {density!r}")
     count, left = 0, 1.0
     while left > density:
-        after = prune(model, **step).density
+        after = masking.try_out(model, step).density
         if after == left:
-            raise ValueError(f"density: {density} cannot be reached at rate {step['rate']}: rounds end at {left:.3g}")
+            raise ValueError(f"density: {density} cannot be reached at rate {rate}: rounds end at {left:.3g}")
         count, left = count + 1, after
-    return count
+    return (step,) * count

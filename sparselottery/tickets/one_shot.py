@@ -3,12 +3,12 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.convert import as_tuple
-from ..pruning import prune
+from ..pruning import criteria
 from . import controls as control_kinds
-from . import driver
+from . import driver, masking
 from .result import Result
 
 
@@ -17,6 +17,9 @@ def one_shot(
     fit: Callable,
     *,
     density: float | Sequence[float],
+    schedule: str = "once",
+    criterion: str | Callable = "magnitude",
+    batch: tuple[Tensor, Tensor] | None = None,
     rewind: str | int = "init",
     controls: Sequence[str] = control_kinds.CONTROLS,
     control_levels: Sequence[int] | None = None,
@@ -38,10 +41,20 @@ def one_shot(
     Args:
         density: the fraction of the weights to keep, exactly; or several, falling, all pruned from the same dense network.
             With factors in `rates` the layers share them as after many small rounds (see `sl.prune`).
+        schedule: "once" prunes the trained dense network. "gradual" trains another one for each density, from the same values
+            and on the same minibatches, that is pruned on the way as a `sl.Gradual` of this density does, and takes its mask;
+            `fit` then takes `schedule=` (a `sl.Trainer` does).
+        criterion, batch: as for `sl.imp`, but "snip", "grasp" and "synflow" are asked before training, of the values that the
+            ticket starts from, as their papers have it.
 
     The other arguments, the result and the errors are those of `sl.imp`.
     """
     chosen = driver.check(make_model, fit, seeds, rewind, controls, repeats, workers, threads)
+    masking.check(fit, criterion, batch, rewind, at_start=True, schedule=schedule)
+    if schedule == "gradual" and not driver.accepts(fit, "schedule"):
+        raise TypeError(
+            f"schedule: 'gradual' needs a fit that takes schedule= (sl.Trainer does), {driver.name_of(fit)} does not"
+        )
     densities = list(density) if isinstance(density, Sequence) and not isinstance(density, str) else [density]
     numbers = all(isinstance(d, int | float) and 0 < d < 1 for d in densities)
     if not densities or not numbers or sorted(set(densities), reverse=True) != densities:
@@ -50,10 +63,12 @@ def one_shot(
         rates = {"output": 0.5} if scope == "layer" else None
     exclude = as_tuple(exclude)
     shared = {"scope": scope, "rates": None if rates is None else driver.as_rates(rates), "exclude": exclude}
+    if criterion != "magnitude":
+        shared["criterion"] = criterion
     steps = tuple({"density": d, **shared} for d in densities)
     model = driver.probe(make_model, chosen[0], exclude, controls)
     for step in steps:
-        prune(model, **step)  # complains about scope, rates and the like before anything is trained
+        masking.try_out(model, step)  # complains about scope, rates and the like before anything is trained
     plan = driver.Plan(
         title="one-shot",
         make_model=make_model,
@@ -69,5 +84,8 @@ def one_shot(
         exclude=exclude,
         threads=threads,
         replicas=replicas,
+        batch=batch,
+        schedule=schedule,
+        at_start=criteria.needs_batch(criterion),
     )
     return driver.run(plan, out, workers, progress, config)

@@ -184,6 +184,7 @@ class Trainer:
         start_at: int | str = 0,
         penalty: Callable[[nn.Module], Tensor] | None = None,
         on_epoch: Callable[[nn.Module, int], bool | None] | None = None,
+        schedule: Callable | None = None,
     ) -> History:
         """Train `model` in place.
 
@@ -195,14 +196,17 @@ class Trainer:
             penalty: `penalty(model) -> scalar`, added to the loss of every minibatch before its backward pass, such as
                 `sl.EarlyBird.penalty`. The losses of the history are without it.
             on_epoch: `on_epoch(model, epochs done)`, called after every whole epoch; training ends there when it returns True.
-                It may change the model's values. With `penalty` or `on_epoch` training goes through the modules.
+                It may change the model's values.
+            schedule: `schedule(model, iterations done, optimizer)`, called after every iteration, such as a `sl.Gradual` that
+                prunes; one with a method `over(iterations)` is asked for itself over this training. With one of these three
+                training goes through the modules.
 
         Raises:
             ValueError: a step is malformed, or `snapshot_at` lies outside of what is trained.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        for name, function in (("penalty", penalty), ("on_epoch", on_epoch)):
+        for name, function in (("penalty", penalty), ("on_epoch", on_epoch), ("schedule", schedule)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
         check_seed(seed)
@@ -210,7 +214,9 @@ class Trainer:
         device = _device(model)
         data = {name: _on(device, pair) for name, pair in self.data.items()}
         with _random_numbers(seed, device), dispatch.reproducible():
-            return self._train(model, seed, start, end, keep, data, penalty, on_epoch)
+            if hasattr(schedule, "over"):
+                schedule = schedule.over(end)
+            return self._train(model, seed, start, end, keep, data, penalty, on_epoch, schedule)
 
     fit = __call__
 
@@ -298,20 +304,20 @@ class Trainer:
             raise ValueError(f"snapshot_at: expected a step from {start} to {end}, got {snapshot_at!r}")
         return start, end, keep
 
-    def _train(self, model, seed, start, end, keep, data, penalty=None, on_epoch=None) -> History:
-        runner = self._runner(model, data, seed, start, penalty, on_epoch)
+    def _train(self, model, seed, start, end, keep, data, penalty, on_epoch, schedule) -> History:
+        runner = self._runner(model, data, seed, start, penalty, on_epoch, schedule)
         try:
             # Nobody but the optimizer sees the gradients here.
             with unmasked_gradients() if runner.masks_weights else contextlib.nullcontext():
-                return self._loop(model, runner, seed, start, end, keep, data, on_epoch)
+                return self._loop(model, runner, seed, start, end, keep, data, on_epoch, schedule)
         finally:
             runner.store()
 
-    def why_not_whole_step(self, model: nn.Module, *, penalty=None, on_epoch=None) -> str | None:
+    def why_not_whole_step(self, model: nn.Module, *, penalty=None, on_epoch=None, schedule=None) -> str | None:
         """Why `fit` cannot train this model in C++ and goes through its modules instead, None if it can."""
         if not self.whole_step:
             return "whole_step=False"
-        for name, function in (("penalty", penalty), ("on_epoch", on_epoch)):
+        for name, function in (("penalty", penalty), ("on_epoch", on_epoch), ("schedule", schedule)):
             if function is not None:
                 return f"{name} looks at the modules"
         if _device(model).type != "cpu":
@@ -320,9 +326,9 @@ class Trainer:
             return "minibatches are augmented"
         return why_not(model, self.data, self.optimizer, self.optimizer_options, self.loss)
 
-    def _runner(self, model, data, seed, start, penalty, on_epoch):
+    def _runner(self, model, data, seed, start, penalty, on_epoch, schedule):
         optimizer = self._make_optimizer(model)
-        if self.why_not_whole_step(model, penalty=penalty, on_epoch=on_epoch) is None:
+        if self.why_not_whole_step(model, penalty=penalty, on_epoch=on_epoch, schedule=schedule) is None:
             return WholeStep(model, optimizer, data)
         augment = self.augment and self._augmented(seed, start)
         return _Modules(model, optimizer, data["train"], self.loss, augment, penalty)
@@ -332,7 +338,7 @@ class Trainer:
         iterations = itertools.count(start)
         return lambda x: self.augment(x, generator_of(seed, next(iterations)))
 
-    def _loop(self, model, runner, seed, start, end, keep, data, on_epoch) -> History:
+    def _loop(self, model, runner, seed, start, end, keep, data, on_epoch, schedule) -> History:
         history = History(snapshot=_copy(model) if keep == start else None)
         scheduled = bool(self.warmup or self.milestones)
         order = None
@@ -352,6 +358,8 @@ class Trainer:
             runner.run(order[step * self.batch_size : (step + steps) * self.batch_size], factors)
             since += steps
             done += steps
+            if schedule is not None:
+                schedule(model, done, runner.optimizer)
             if done == keep:
                 runner.store()
                 history.snapshot = _copy(model)
