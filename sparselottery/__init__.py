@@ -19,6 +19,7 @@ try:
     from .ops.fp32_linear import allow_fp32_emulation
     from .ops.global_topk import global_topk
     from .pruning import Gradual, prune, prune_neurons
+    from .tickets.channels import shrink
     from .tickets.early_bird import EarlyBird
     from .tickets.imp import imp
     from .tickets.mutual_information import mutual_information
@@ -61,6 +62,7 @@ __all__ = [
     "pack",
     "prune",
     "prune_neurons",
+    "shrink",
     "sparsify",
     "unpack",
 ]
