@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -18,6 +20,7 @@
 #include "masked_conv2d.h"
 #include "masked_linear.h"
 #include "masked_optim.h"
+#include "network.h"
 #include "packed.h"
 #include "sparse_linear.h"
 #include "whole_step.h"
@@ -46,6 +49,73 @@ sl::DecodeWeight decode_weight(const DecodeArguments& arguments) {
           as<const uint16_t>(values)};
 }
 #endif
+
+// Network: one layer as {"kind": "conv2d", "outputs": 64, ...}: the fields of network.h by name.
+sl::cpu::NetworkLayer network_layer(const py::dict& fields) {
+  using Layer = sl::cpu::NetworkLayer;
+  static const std::map<std::string, Layer::Kind> kinds = {
+      {"linear", Layer::Kind::kLinear},
+      {"conv2d", Layer::Kind::kConv2d},
+      {"relu", Layer::Kind::kReLU},
+      {"max_pool2d", Layer::Kind::kMaxPool2d},
+      {"avg_pool2d", Layer::Kind::kAvgPool2d},
+      {"batch_norm", Layer::Kind::kBatchNorm},
+      {"flatten", Layer::Kind::kFlatten},
+  };
+  Layer layer;
+  for (const auto& [key, value] : fields) {
+    const std::string name = py::cast<std::string>(key);
+    const auto pair = [&value = value](int64_t (&to)[2]) {
+      const auto [rows, columns] = py::cast<std::pair<int64_t, int64_t>>(value);
+      to[0] = rows;
+      to[1] = columns;
+    };
+    const auto address = [&value = value] { return py::cast<uintptr_t>(value); };
+    if (name == "kind") {
+      const auto found = kinds.find(py::cast<std::string>(value));
+      if (found == kinds.end()) throw std::invalid_argument("kind: unknown layer " + py::cast<std::string>(value));
+      layer.kind = found->second;
+    } else if (name == "outputs") {
+      layer.outputs = py::cast<int64_t>(value);
+    } else if (name == "kernel") {
+      pair(layer.kernel);
+    } else if (name == "stride") {
+      pair(layer.stride);
+    } else if (name == "padding") {
+      pair(layer.padding);
+    } else if (name == "dilation") {
+      pair(layer.dilation);
+    } else if (name == "groups") {
+      layer.groups = py::cast<int64_t>(value);
+    } else if (name == "count_include_pad") {
+      layer.count_include_pad = py::cast<bool>(value);
+    } else if (name == "weight") {
+      layer.weight = as<const float>(address());
+    } else if (name == "words") {
+      layer.words = as<const uint32_t>(address());
+    } else if (name == "bias") {
+      layer.bias = as<const float>(address());
+    } else if (name == "mean") {
+      layer.mean = as<const float>(address());
+    } else if (name == "variance") {
+      layer.variance = as<const float>(address());
+    } else if (name == "momentum") {
+      layer.momentum = py::cast<double>(value);
+    } else if (name == "eps") {
+      layer.eps = py::cast<double>(value);
+    } else {
+      throw std::invalid_argument("layer: unknown field " + name);
+    }
+  }
+  return layer;
+}
+
+// Addresses of weight, bias, running mean and variance; 0: none.
+using NetworkAddresses = std::array<uintptr_t, 4>;
+
+sl::cpu::NetworkTarget network_target(const NetworkAddresses& addresses) {
+  return {as<float>(addresses[0]), as<float>(addresses[1]), as<float>(addresses[2]), as<float>(addresses[3])};
+}
 
 // Mlp: rows, columns, weight, words (0: none), bias (0: none), whether a ReLU follows.
 using MlpLayers = std::vector<std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, bool>>;
@@ -236,6 +306,8 @@ PYBIND11_MODULE(_C, m) {
   // masked_linear
   using sl::cpu::MaskedLinearPlan;
   using sl::cpu::Mlp;
+  using sl::cpu::Network;
+  using sl::cpu::NetworkTape;
   py::class_<MaskedLinearPlan>(m, "CpuMaskedLinearPlan")
       .def(py::init([](uintptr_t words, int64_t rows, int64_t columns, bool packed) {
              py::gil_scoped_release release;
@@ -324,6 +396,73 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     sl::cpu::masked_adam(tensors.data(), tensors.size(), {beta1, beta2, eps, weight_decay, shrink, maximize}, dtype);
   });
+
+  // network
+  py::class_<NetworkTape>(m, "CpuNetworkTape");
+  py::class_<Network>(m, "CpuNetwork")
+      .def(py::init([](const std::array<int64_t, 3>& input, const std::vector<py::dict>& layers, double linear_densest,
+                       double conv_densest, const std::optional<std::map<std::string, double>>& optimizer) {
+             std::vector<sl::cpu::NetworkLayer> all;
+             for (const py::dict& layer : layers) all.push_back(network_layer(layer));
+             sl::cpu::NetworkOptimizer options{};
+             if (optimizer) {
+               const auto number = [&](const char* name) { return optimizer->at(name); };
+               options = {number("adam") != 0,     number("momentum"),       number("dampening"),
+                          number("nesterov") != 0, number("beta1"),          number("beta2"),
+                          number("eps"),           number("decoupled") != 0, number("weight_decay")};
+             }
+             py::gil_scoped_release release;
+             return std::make_unique<Network>(input[0], input[1], input[2], all, optimizer ? &options : nullptr,
+                                              linear_densest, conv_densest);
+           }),
+           py::arg("input"), py::arg("layers"), py::kw_only(), py::arg("linear_densest"), py::arg("conv_densest"),
+           py::arg("optimizer") = py::none())
+      .def("output_shape",
+           [](const Network& network) {
+             std::array<int64_t, 3> shape;
+             network.output_shape(&shape[0], &shape[1], &shape[2]);
+             return py::make_tuple(shape[0], shape[1], shape[2]);
+           })
+      .def("forward",
+           [](Network& network, uintptr_t x, int64_t x_stride, int64_t count, uintptr_t y) {
+             py::gil_scoped_release release;
+             network.forward(as<const float>(x), x_stride, count, as<float>(y));
+           })
+      .def("record",
+           [](Network& network, uintptr_t x, int64_t x_stride, int64_t count, bool training, uintptr_t y) {
+             py::gil_scoped_release release;
+             return network.record(as<const float>(x), x_stride, count, training, as<float>(y));
+           })
+      .def("backward",
+           [](Network& network, const NetworkTape& tape, uintptr_t grad, uintptr_t dx,
+              const std::vector<NetworkAddresses>& targets) {
+             std::vector<sl::cpu::NetworkTarget> all;
+             for (const NetworkAddresses& target : targets) all.push_back(network_target(target));
+             py::gil_scoped_release release;
+             network.backward(tape, as<const float>(grad), as<float>(dx), all);
+           })
+      .def("train",
+           [](Network& network, uintptr_t x, int64_t x_stride, uintptr_t y, uintptr_t order, int64_t batch,
+              const std::vector<double>& rates) {
+             py::gil_scoped_release release;
+             return network.train(as<const float>(x), x_stride, as<const int64_t>(y), as<const int64_t>(order),
+                                  rates.size(), batch, rates.data());
+           })
+      .def("evaluate",
+           [](Network& network, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t count) {
+             double loss;
+             int64_t right;
+             {
+               py::gil_scoped_release release;
+               network.evaluate(as<const float>(x), x_stride, as<const int64_t>(y), count, &loss, &right);
+             }
+             return std::make_pair(loss, right);
+           })
+      .def("load", [](Network& network, int64_t layer,
+                      const NetworkAddresses& from) { network.load(layer, network_target(from)); })
+      .def("store", [](const Network& network, int64_t layer, const NetworkAddresses& to) {
+        network.store(layer, network_target(to));
+      });
 
   // packed
   m.def("cpu_packed_expand", [](uintptr_t values, int64_t count, int64_t item_size, uintptr_t words, int64_t rows,

@@ -158,7 +158,7 @@ struct Mlp::Impl {
       } else {
         DenseArgs a{};
         a.rows = l.rows;
-        a.columns = l.columns;
+        a.columns = a.stride = l.columns;
         a.tile = tile;
         a.weight = l.dense.get();
         a.bias = l.bias.get();
@@ -190,7 +190,7 @@ struct Mlp::Impl {
       } else {
         DenseArgs a{};
         a.rows = l.rows;
-        a.columns = l.columns;
+        a.columns = a.stride = l.columns;
         a.tile = tile;
         a.weight = l.dense.get();
         a.x = activation[i].get();

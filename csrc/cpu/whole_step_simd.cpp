@@ -49,11 +49,11 @@ template <int T>
 void forward(const DenseArgs& a) {
   int64_t i = 0;
   for (; i + kLines <= a.rows; i += kLines) {
-    lines<T, kLines>(a.weight + i * a.columns, a.columns, 1, a.columns, a.x, a.bias != nullptr ? a.bias + i : nullptr,
+    lines<T, kLines>(a.weight + i * a.stride, a.stride, 1, a.columns, a.x, a.bias != nullptr ? a.bias + i : nullptr,
                      a.y + i * T * kWidth);
   }
   for (; i < a.rows; i++) {
-    lines<T, 1>(a.weight + i * a.columns, a.columns, 1, a.columns, a.x, a.bias != nullptr ? a.bias + i : nullptr,
+    lines<T, 1>(a.weight + i * a.stride, a.stride, 1, a.columns, a.x, a.bias != nullptr ? a.bias + i : nullptr,
                 a.y + i * T * kWidth);
   }
 }
@@ -62,9 +62,9 @@ template <int T>
 void input(const DenseArgs& a) {
   int64_t j = 0;
   for (; j + kLines <= a.columns; j += kLines) {
-    lines<T, kLines>(a.weight + j, 1, a.columns, a.rows, a.grad, nullptr, a.dx + j * T * kWidth);
+    lines<T, kLines>(a.weight + j, 1, a.stride, a.rows, a.grad, nullptr, a.dx + j * T * kWidth);
   }
-  for (; j < a.columns; j++) lines<T, 1>(a.weight + j, 1, a.columns, a.rows, a.grad, nullptr, a.dx + j * T * kWidth);
+  for (; j < a.columns; j++) lines<T, 1>(a.weight + j, 1, a.stride, a.rows, a.grad, nullptr, a.dx + j * T * kWidth);
 }
 
 template <int T>
@@ -89,7 +89,7 @@ void weight(const DenseArgs& a) {
       store(block, row_sums(sum));
       const int64_t high = smaller(kGradRows, a.rows - i), wide = smaller(kGradColumns, a.columns - j);
       for (int64_t r = 0; r < high; r++) {
-        float* out = a.dw + (i + r) * a.columns + j;
+        float* out = a.dw + (i + r) * a.stride + j;
         for (int64_t c = 0; c < wide; c++) out[c] = (a.add ? out[c] : 0.f) + block[r * kGradColumns + c];
       }
     }

@@ -7,6 +7,7 @@ namespace sl::cpu {
 
 struct DenseArgs {
   int64_t rows, columns, tile;  // tile: vectors per feature, 1 to 4
+  int64_t stride;               // from one row of weight and dw to the next
   const float* weight;          // [rows, columns]
   const float* bias;            // [rows] or null
   const float *x, *grad;        // [columns], [rows] features

@@ -1,0 +1,674 @@
+// A Network's plan, memory and passes; the layers are in network_*.cpp.
+//
+// Layers that take one group (vector of the batch) at a time are run depth first: a group goes through all of them
+// while it is in the caches. Linear layers take a tile of kTile groups, so that a weight that was read serves them all.
+// Batch normalization that learns from the batch waits for all groups.
+#include "../network.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "isa.h"
+#include "network_layers.h"
+
+namespace sl::cpu {
+namespace {
+
+constexpr int64_t kParallelWork = 1 << 22;  // multiply-adds of a stage below which waking threads costs more
+
+#define SL_KERNELS(ns)                                                                                               \
+  NetworkKernels {                                                                                                   \
+    ns::net_width(), ns::net_pack, ns::net_unpack, ns::net_copy, ns::net_relu_gradient, ns::net_sums,                \
+        ns::net_max_pool, ns::net_max_pool_backward, ns::net_avg_pool, ns::net_avg_pool_backward, ns::net_norm_sums, \
+        ns::net_norm_apply, ns::net_norm_products, ns::net_norm_backward, ns::net_conv_sparse,                       \
+        ns::net_conv_sparse_gradients, ns::net_conv_dense, ns::net_conv_dense_weight, ns::mlp_dense_forward,         \
+        ns::mlp_dense_input, ns::mlp_dense_weight, ns::mlp_relu, ns::mlp_relu_gradient, ns::mlp_sums,                \
+        ns::masked_linear_tile_forward, ns::masked_linear_tile_backward                                              \
+  }
+
+NetworkKernels kernels() {
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx512) return SL_KERNELS(avx512);
+  if (isa() == Isa::kAvx2) return SL_KERNELS(avx2);
+#endif
+  return SL_KERNELS(portable);
+}
+
+// What lies between two layers: an activation and its gradient.
+struct Node {
+  Extent extent;
+  Space activation, gradient;
+};
+
+struct Step {
+  int64_t layer, from, to;  // nodes
+  bool relu;
+};
+
+// Steps [first, last) that a group passes at once, or one step that takes a tile.
+struct Stage {
+  int64_t first, last;
+  bool tiles;
+  int64_t work;  // multiply-adds forward for one example
+};
+
+struct Plan {
+  std::vector<Step> steps;
+  std::vector<Stage> stages;
+  std::vector<char> inside;  // by node: written and read within one stage, so that threads reuse one group's memory
+};
+
+// One array for each node, with room for `slots` groups each.
+struct Memory {
+  std::vector<Array<float>> node;
+  std::vector<int64_t> slots;
+};
+
+}  // namespace
+
+struct NetworkTape::Impl {
+  Memory memory;
+  int64_t count = 0;
+  bool training = false;
+  std::vector<Statistics> statistics;  // by layer
+  std::shared_ptr<std::vector<Memory>> free;
+  std::shared_ptr<std::mutex> free_lock;
+};
+
+NetworkTape::NetworkTape(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+NetworkTape::~NetworkTape() {
+  std::lock_guard<std::mutex> guard(*impl_->free_lock);
+  if (impl_->free->size() < 2) impl_->free->push_back(std::move(impl_->memory));
+}
+
+struct Network::Impl {
+  NetworkKernels k = kernels();
+  bool trains = false;
+  NetworkOptimizer optimizer{};
+  int64_t caller_layers = 0;
+  std::vector<std::unique_ptr<Layer>> layers;
+  std::vector<Node> nodes;  // layers + 1
+  Plan learning, inference;
+  std::vector<Parameter*> parameters;
+  std::vector<OptimTensor> tensors;
+  Memory activation, gradient;
+  bool waits = false;   // for batch statistics
+  bool folded = false;  // normalization is part of the weights now
+  int64_t step = 0;
+  std::mutex lock;
+  std::shared_ptr<std::vector<Memory>> free = std::make_shared<std::vector<Memory>>();
+  std::shared_ptr<std::mutex> free_lock = std::make_shared<std::mutex>();
+
+  // --- what it is made of ---
+
+  void add(std::unique_ptr<Layer> layer, int64_t index, Node& at, bool& flattened) {
+    layer->index = index;
+    if (layer->takes_tiles()) at.activation.flat = at.gradient.flat = true;
+    if (layer->is_conv()) at.activation = layer->input_space();
+    Node next;
+    next.extent = layer->out;
+    next.gradient = layer->gradient_space();
+    if (layer->takes_tiles()) next.activation.flat = flattened = true;
+    nodes.push_back(at);
+    at = next;
+    layers.push_back(std::move(layer));
+  }
+
+  void build(Extent input, const std::vector<NetworkLayer>& all, double linear_densest, double conv_densest) {
+    using Kind = NetworkLayer::Kind;
+    Node at;
+    at.extent = input;
+    bool flattened = false;
+    const auto after_conv = [this] { return !layers.empty() && layers.back()->is_conv(); };
+    for (size_t i = 0; i < all.size(); i++) {
+      const NetworkLayer& l = all[i];
+      const auto fail = [i](const std::string& why) {
+        throw std::invalid_argument("layers[" + std::to_string(i) + "]: " + why);
+      };
+      const bool single = at.extent.height == 1 && at.extent.width == 1;
+      try {
+        switch (l.kind) {
+          case Kind::kLinear:
+            if (!single) fail("linear: expected a flatten before it");
+            if (l.outputs < 1 || l.outputs >= (int64_t{1} << 32) / at.extent.channels) fail("linear: too large");
+            if (after_conv()) add(make_copy(at.extent), -1, at, flattened);
+            add(make_linear(l, at.extent, linear_densest, k.width), i, at, flattened);
+            break;
+          case Kind::kConv2d:
+            if (flattened) fail("conv2d: expected images, got vectors");
+            add(make_conv(l, at.extent, conv_densest, k.width), i, at, flattened);
+            break;
+          case Kind::kMaxPool2d:
+          case Kind::kAvgPool2d:
+            if (flattened) fail("pooling: expected images, got vectors");
+            add(make_pool(l, at.extent), i, at, flattened);
+            break;
+          case Kind::kBatchNorm:
+            add(std::make_unique<NormLayer>(l, at.extent), i, at, flattened);
+            if (flattened) at.activation.flat = true;
+            break;
+          case Kind::kReLU:
+            if (layers.empty()) add(make_copy(at.extent), i, at, flattened);
+            layers.back()->relu = true;
+            break;
+          case Kind::kFlatten:
+            if (!single) {
+              if (after_conv()) add(make_copy(at.extent), -1, at, flattened);
+              flattened = at.activation.flat = at.gradient.flat = true;
+              at.extent = {at.extent.channels * at.extent.height * at.extent.width, 1, 1};
+            }
+            break;
+        }
+      } catch (const std::invalid_argument& error) {
+        const std::string what = error.what();
+        if (what.rfind("layers[", 0) == 0) throw;
+        fail(what);
+      }
+    }
+    if (trains && after_conv()) add(make_copy(at.extent), -1, at, flattened);
+    if (layers.empty()) add(make_copy(at.extent), -1, at, flattened);
+    if (!layers.back()->is_conv()) at.activation.flat = at.gradient.flat = true;
+    nodes.push_back(at);
+    caller_layers = all.size();
+    plan(learning, false);
+    plan(inference, true);
+    for (auto& layer : layers) {
+      waits = waits || layer->is_norm();
+      for (Parameter* p : layer->parameters()) parameters.push_back(p);
+    }
+  }
+
+  void plan(Plan& plan, bool folds) const {
+    for (size_t i = 0; i < layers.size(); i++) {
+      Step s{static_cast<int64_t>(i), static_cast<int64_t>(i), static_cast<int64_t>(i) + 1, layers[i]->relu};
+      if (folds && !s.relu && layers[i]->folds() && i + 1 < layers.size() && layers[i + 1]->is_norm()) {
+        s.to++;
+        s.relu = layers[++i]->relu;
+      }
+      plan.steps.push_back(s);
+    }
+    plan.inside.assign(nodes.size(), 0);
+    for (size_t i = 0; i < plan.steps.size(); i++) {
+      const Step& s = plan.steps[i];
+      const Layer& layer = *layers[s.layer];
+      const bool tiles = layer.takes_tiles();
+      const bool joins = i > 0 && !tiles && !plan.stages.back().tiles && !(layer.is_norm() && !folds);
+      if (joins) {
+        plan.stages.back().last++;
+        plan.stages.back().work += layer.work();
+        // The gradient behind a normalization is read once more when those of all groups are there.
+        const Layer& before = *layers[plan.steps[i - 1].layer];
+        plan.inside[s.from] = folds || !before.is_norm();
+      } else {
+        const auto at = static_cast<int64_t>(i);
+        plan.stages.push_back({at, at + 1, tiles, layer.work()});
+      }
+    }
+  }
+
+  const Extent& outputs() const { return nodes.back().extent; }
+  int64_t classes() const { return outputs().channels * outputs().height * outputs().width; }
+
+  // --- memory and views ---
+
+  void reserve(Memory& m, int64_t slots, int64_t private_slots, const std::vector<char>& inside, bool gradients) {
+    m.node.resize(nodes.size());
+    m.slots.resize(nodes.size(), 0);
+    for (size_t i = gradients && !wants_dx ? 1 : 0; i < nodes.size(); i++) {
+      const Space& space = gradients ? nodes[i].gradient : nodes[i].activation;
+      const bool own = inside[i] && !space.flat;
+      const int64_t wanted = own ? private_slots : space.flat ? (slots + kTile - 1) / kTile * kTile : slots;
+      if (wanted <= m.slots[i]) continue;
+      const int64_t size = wanted * space.group_size(nodes[i].extent) * k.width;
+      std::fill_n(m.node[i].reserve(size), size, 0.f);  // margins stay as they are from here on
+      m.slots[i] = wanted;
+    }
+  }
+
+  bool wants_dx = false;
+
+  // group: in the whole chunk; slot: where a node inside a stage has it.
+  View view(const Memory& m, int64_t node, bool gradient, const Extent& extent, int64_t group, int64_t slot,
+            int64_t tile) const {
+    const Node& n = nodes[node];
+    const Space& space = gradient ? n.gradient : n.activation;
+    if (m.node[node].get() == nullptr) return {nullptr, 0, 0, 0};
+    const int64_t size = space.group_size(n.extent) * k.width;
+    float* base = m.node[node].get() + (space.flat ? group / kTile * kTile : slot) * size;
+    return space.view(base, extent, tile, group % kTile, k.width);
+  }
+
+  // A batch, or part of one, in groups.
+  struct Chunk {
+    int64_t count, groups;
+    int64_t width;
+    int64_t tile(int64_t group) const { return std::min(kTile, groups - group / kTile * kTile); }
+    int64_t examples(int64_t group) const { return std::min(width, count - group * width); }
+  };
+  Chunk chunk(int64_t count) const { return {count, (count + k.width - 1) / k.width, k.width}; }
+
+  // Calls f(group, share, thread) for all groups.
+  template <class F>
+  void for_groups(const Chunk& c, int64_t work, F f) const {
+    const int64_t shares = std::min(c.groups, kShares);
+    const int threads = thread_count(c, work);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t share = 0; share < shares; share++) {
+      const int thread = threads > 1 ? omp_get_thread_num() : 0;
+      for (int64_t g = share * c.groups / shares; g < (share + 1) * c.groups / shares; g++) f(g, share, thread);
+    }
+  }
+  int thread_count(const Chunk& c, int64_t work) const {
+    if (omp_in_parallel() || work * c.count < kParallelWork) return 1;
+    return std::max(1, std::min<int>(max_threads(), static_cast<int>(std::min(c.groups, kShares))));
+  }
+  int64_t private_slots(const Chunk& c) const {
+    return std::max<int64_t>(1, std::min<int64_t>(max_threads(), std::min(c.groups, kShares)));
+  }
+
+  // --- passes ---
+
+  void pack(const Memory& m, bool gradient, int64_t node, const Chunk& c, const float* x, int64_t stride,
+            const int64_t* order, int64_t first) const {
+    for_groups(c, nodes[node].extent.channels * nodes[node].extent.height * nodes[node].extent.width,
+               [&](int64_t g, int64_t, int) {
+                 Extent e = nodes[node].extent;
+                 const Space& space = gradient ? nodes[node].gradient : nodes[node].activation;
+                 if (space.flat) e = {1, 1, e.channels * e.height * e.width};
+                 const View v = view(m, node, gradient, e, g, g, c.tile(g));
+                 EdgeArgs a{};
+                 a.from = x;
+                 a.stride = stride;
+                 a.order = order != nullptr ? order + g * k.width : nullptr;
+                 a.first = first + g * k.width;
+                 a.count = c.examples(g);
+                 a.extent = e;
+                 a.view = v;
+                 k.pack(a);
+               });
+  }
+
+  void unpack(const Memory& m, bool gradient, int64_t node, const Chunk& c, float* y, int64_t first) const {
+    for_groups(c, nodes[node].extent.channels * nodes[node].extent.height * nodes[node].extent.width,
+               [&](int64_t g, int64_t, int) {
+                 Extent e = nodes[node].extent;
+                 const Space& space = gradient ? nodes[node].gradient : nodes[node].activation;
+                 EdgeArgs a{};
+                 a.stride = e.channels * e.height * e.width;
+                 if (space.flat) e = {1, 1, a.stride};
+                 a.to = y;
+                 a.first = first + g * k.width;
+                 a.count = c.examples(g);
+                 a.extent = e;
+                 a.view = view(m, node, gradient, e, g, g, c.tile(g));
+                 k.unpack(a);
+               });
+  }
+
+  void forward(const Plan& plan, const Memory& m, const Chunk& c, bool reuses, bool batch_statistics, bool update) {
+    for (auto& layer : layers) {
+      if (layer->is_norm() && !batch_statistics) static_cast<NormLayer&>(*layer).use_running();
+    }
+    for (const Stage& stage : plan.stages) {
+      const Layer& head = *layers[plan.steps[stage.first].layer];
+      if (head.is_norm() && batch_statistics) prepare_norm(m, plan.steps[stage.first], c, update);
+      const auto run = [&](const Step& s, int64_t group, int64_t share, int thread) {
+        Layer& layer = *layers[s.layer];
+        const Pass pass{&k, c.tile(group), c.examples(group), share, false, batch_statistics};
+        const auto slot = [&](int64_t node) { return reuses && plan.inside[node] ? thread : group; };
+        const View x = view(m, s.from, false, layer.in, group, slot(s.from), pass.tile);
+        const View y = view(m, s.to, false, layers[s.to - 1]->out, group, slot(s.to), pass.tile);
+        layer.forward(pass, x, y, s.relu);
+      };
+      if (stage.tiles) {
+        for (int64_t g = 0; g < c.groups; g += kTile) run(plan.steps[stage.first], g, 0, 0);
+        continue;
+      }
+      for_groups(c, stage_work(stage), [&](int64_t g, int64_t share, int thread) {
+        for (int64_t i = stage.first; i < stage.last; i++) run(plan.steps[i], g, share, thread);
+      });
+    }
+  }
+
+  // Pooling and the like cost something, too.
+  int64_t stage_work(const Stage& stage) const {
+    const Extent& e = nodes[learning.steps.empty() ? 0 : stage.first].extent;
+    return stage.work + e.channels * e.height * e.width;
+  }
+
+  void prepare_norm(const Memory& m, const Step& s, const Chunk& c, bool update) {
+    auto& norm = static_cast<NormLayer&>(*layers[s.layer]);
+    norm.start_statistics(c.groups);
+    for (int round = 0; round < 2; round++) {
+      for_groups(c, norm.in.channels * norm.in.height * norm.in.width, [&](int64_t g, int64_t share, int) {
+        const Pass pass{&k, c.tile(g), c.examples(g), share, false, true};
+        norm.group_statistics(pass, g, view(m, s.from, false, norm.in, g, g, pass.tile));
+      });
+      norm.finish_statistics(c.groups, c.count, update);
+    }
+  }
+
+  // The gradient of the last node is there. add: to the gradients of this minibatch's earlier chunks.
+  void backward(const Memory& m, const Chunk& c, bool add, bool batch_statistics) {
+    const int64_t shares = std::min(c.groups, kShares);
+    for (auto& layer : layers) layer->start_gradients(shares);
+    const Plan& plan = learning;
+    for (size_t at = plan.stages.size(); at-- > 0;) {
+      const Stage& stage = plan.stages[at];
+      const auto run = [&](const Step& s, int64_t group, int64_t share, int thread) {
+        Layer& layer = *layers[s.layer];
+        const Pass pass{&k, c.tile(group), c.examples(group), share, group == 0 && !add, batch_statistics};
+        const auto slot = [&](int64_t node) { return plan.inside[node] ? thread : group; };
+        const View x = view(m, s.from, false, layer.in, group, group, pass.tile);
+        const View y = view(m, s.to, false, layer.out, group, group, pass.tile);
+        const View gy = view(gradient, s.to, true, layer.out, group, slot(s.to), pass.tile);
+        const bool wanted = s.from > 0 || wants_dx;
+        const View gx =
+            wanted ? view(gradient, s.from, true, layer.in, group, slot(s.from), pass.tile) : View{nullptr, 0, 0, 0};
+        if (s.relu && !layer.masks_gradient()) k.relu_gradient(y, gy, layer.out);
+        if (layer.is_norm()) {
+          static_cast<NormLayer&>(layer).products(pass, group, x, gy);
+        } else {
+          layer.backward(pass, x, y, gy, gx);
+        }
+      };
+      if (stage.tiles) {
+        for (int64_t g = 0; g < c.groups; g += kTile) run(plan.steps[stage.first], g, 0, 0);
+        continue;
+      }
+      const Step& head = plan.steps[stage.first];
+      Layer& first = *layers[head.layer];
+      if (first.is_norm()) static_cast<NormLayer&>(first).start_statistics(c.groups);
+      for_groups(c, 2 * stage_work(stage), [&](int64_t g, int64_t share, int thread) {
+        for (int64_t i = stage.last; i-- > stage.first;) run(plan.steps[i], g, share, thread);
+      });
+      if (first.is_norm()) finish_norm(m, head, c, batch_statistics);
+    }
+    for (auto& layer : layers) layer->finish_gradients(add);
+  }
+
+  void finish_norm(const Memory& m, const Step& s, const Chunk& c, bool batch_statistics) {
+    auto& norm = static_cast<NormLayer&>(*layers[s.layer]);
+    norm.finish_products(c.groups, c.count, batch_statistics);
+    if (s.from == 0 && !wants_dx) return;
+    for_groups(c, norm.in.channels * norm.in.height * norm.in.width, [&](int64_t g, int64_t share, int) {
+      const Pass pass{&k, c.tile(g), c.examples(g), share, false, batch_statistics};
+      const View x = view(m, s.from, false, norm.in, g, g, pass.tile);
+      const View gy = view(gradient, s.to, true, norm.out, g, g, pass.tile);
+      norm.backward(pass, x, x, gy, view(gradient, s.from, true, norm.in, g, g, pass.tile));
+    });
+  }
+
+  // Normalization into the weights before it, or out of them again.
+  void fold(bool wish) {
+    if (wish == folded) return;
+    folded = wish;
+    for (const Step& s : inference.steps) {
+      if (s.to == s.from + 1) continue;
+      Layer& layer = *layers[s.layer];
+      layer.refresh();
+      if (!wish) continue;
+      auto& norm = static_cast<NormLayer&>(*layers[s.layer + 1]);
+      norm.use_running();
+      std::vector<float> scale, shift;
+      norm.scale_and_shift(scale, shift);
+      layer.fold(scale.data(), shift.data());
+    }
+  }
+
+  // --- learning ---
+
+  // Loss of each of `count` lanes from the outputs [class][lane], added up; where asked, also the gradient of their sum
+  // times `scale`, and how many are right.
+  double losses(const float* z, const int64_t* label, int64_t count, int64_t lanes, float scale, float* gradient,
+                int64_t* right) const {
+    const int64_t classes = this->classes();
+    double total = 0;
+    for (int64_t b = 0; b < count; b++) {
+      float largest = -std::numeric_limits<float>::infinity();
+      int64_t best = 0;
+      for (int64_t c = 0; c < classes; c++) {
+        const float v = z[c * lanes + b];
+        if (v > largest || (std::isnan(v) && !std::isnan(largest))) {
+          largest = v;
+          best = c;
+        }
+      }
+      float sum = 0;
+      for (int64_t c = 0; c < classes; c++) {
+        const float e = std::exp(z[c * lanes + b] - largest);
+        sum += e;
+        if (gradient != nullptr) gradient[c * lanes + b] = e;
+      }
+      if (gradient != nullptr) {
+        for (int64_t c = 0; c < classes; c++) gradient[c * lanes + b] *= scale / sum;
+        gradient[label[b] * lanes + b] -= scale;
+      }
+      total += std::log(sum) - (z[label[b] * lanes + b] - largest);  // large outputs must not swallow the logarithm
+      if (right != nullptr) *right += best == label[b];
+    }
+    if (gradient != nullptr) {
+      for (int64_t c = 0; c < classes; c++) std::fill(gradient + c * lanes + count, gradient + (c + 1) * lanes, 0.f);
+    }
+    return total;
+  }
+
+  // Tile by tile: labels of the chunk's examples.
+  double losses(const Memory& m, const Chunk& c, const int64_t* label, float scale, bool gradients, int64_t* right) {
+    const auto last = static_cast<int64_t>(nodes.size()) - 1;
+    double total = 0;
+    for (int64_t g = 0; g < c.groups; g += kTile) {
+      const int64_t tile = c.tile(g), count = std::min(tile * k.width, c.count - g * k.width);
+      const Extent flat{classes(), 1, 1};
+      const View z = view(m, last, false, flat, g, g, tile);
+      float* to = gradients ? view(gradient, last, true, flat, g, g, tile).data : nullptr;
+      total += losses(z.data, label + g * k.width, count, tile * k.width, scale, to, right);
+    }
+    return total;
+  }
+
+  void start_optimizer(const NetworkOptimizer& o) {
+    optimizer = o;
+    for (Parameter* p : parameters) {
+      if (p->count == 0) continue;
+      p->reserve_gradient();
+      p->reserve_state(o);
+      OptimTensor t{};
+      t.param = p->value;
+      t.grad = p->grad.get();
+      t.first = p->first.get();
+      t.second = p->second.get();
+      t.words = reinterpret_cast<const int32_t*>(p->words);
+      t.rows = p->rows;
+      t.columns = p->count / p->rows;
+      t.clean = true;
+      tensors.push_back(t);
+    }
+  }
+
+  void update(double rate) {
+    step++;
+    const NetworkOptimizer& o = optimizer;
+    for (OptimTensor& t : tensors) {
+      t.fresh = step == 1;
+      t.rate = o.adam ? rate / (1 - std::pow(o.beta1, step)) : rate;
+      t.correction = o.adam ? 1 / std::sqrt(1 - std::pow(o.beta2, step)) : 0;
+    }
+    const int dtype = static_cast<int>(DType::kFloat32);
+    const int64_t count = tensors.size();
+    if (o.adam) {
+      const double shrink = o.decoupled ? 1 - rate * o.weight_decay : 1;
+      masked_adam(tensors.data(), count, {o.beta1, o.beta2, o.eps, o.decoupled ? 0 : o.weight_decay, shrink, false},
+                  dtype);
+    } else {
+      masked_sgd(tensors.data(), count, {o.momentum, o.dampening, o.weight_decay, o.nesterov, false}, dtype);
+    }
+    for (auto& layer : layers) layer->refresh();
+  }
+
+  Layer* find(int64_t index) const {
+    for (const auto& layer : layers) {
+      if (layer->index == index) return layer.get();
+    }
+    return nullptr;
+  }
+};
+
+Network::Network(int64_t channels, int64_t height, int64_t width, const std::vector<NetworkLayer>& layers,
+                 const NetworkOptimizer* optimizer, double linear_densest, double conv_densest)
+    : impl_(new Impl) {
+  if (channels < 1 || height < 1 || width < 1) throw std::invalid_argument("input: expected sizes of at least 1");
+  impl_->trains = optimizer != nullptr;
+  impl_->build({channels, height, width}, layers, linear_densest, conv_densest);
+  if (optimizer != nullptr) impl_->start_optimizer(*optimizer);
+}
+
+Network::~Network() = default;
+
+void Network::output_shape(int64_t* channels, int64_t* height, int64_t* width) const {
+  const Extent& e = impl_->outputs();
+  *channels = e.channels;
+  *height = e.height;
+  *width = e.width;
+}
+
+double Network::train(const float* x, int64_t x_stride, const int64_t* y, const int64_t* order, int64_t steps,
+                      int64_t batch, const double* rate) {
+  Impl& m = *impl_;
+  std::lock_guard<std::mutex> guard(m.lock);
+  if (!m.trains) throw std::invalid_argument("optimizer: expected one that trains");
+  m.fold(false);
+  m.wants_dx = false;
+  const int64_t lanes = m.waits ? batch : std::min(batch, kTile * m.k.width);
+  const Impl::Chunk whole = m.chunk(lanes);
+  m.reserve(m.activation, whole.groups, whole.groups, m.learning.inside, false);
+  m.reserve(m.gradient, whole.groups, m.private_slots(whole), m.learning.inside, true);
+  std::vector<int64_t> label(lanes);
+  double total = 0;
+  for (int64_t s = 0; s < steps; s++) {
+    double loss = 0;
+    for (int64_t first = 0; first < batch; first += lanes) {
+      const Impl::Chunk c = m.chunk(std::min(lanes, batch - first));
+      const int64_t* chosen = order + s * batch + first;
+      for (int64_t b = 0; b < c.count; b++) label[b] = y[chosen[b]];
+      m.pack(m.activation, false, 0, c, x, x_stride, chosen, 0);
+      m.forward(m.learning, m.activation, c, false, true, true);
+      loss += m.losses(m.activation, c, label.data(), 1.f / static_cast<float>(batch), true, nullptr);
+      m.backward(m.activation, c, first > 0, true);
+    }
+    m.update(rate[s]);
+    total += loss / static_cast<double>(batch);
+  }
+  return total;
+}
+
+void Network::evaluate(const float* x, int64_t x_stride, const int64_t* y, int64_t count, double* loss,
+                       int64_t* right) {
+  Impl& m = *impl_;
+  std::lock_guard<std::mutex> guard(m.lock);
+  if (!m.nodes.back().activation.flat) throw std::invalid_argument("layers: expected outputs that are classes");
+  m.fold(true);
+  const int64_t lanes = std::min(count, kTile * m.k.width);
+  const Impl::Chunk whole = m.chunk(lanes);
+  m.reserve(m.activation, whole.groups, m.private_slots(whole), m.inference.inside, false);
+  *loss = 0;
+  *right = 0;
+  for (int64_t first = 0; first < count; first += lanes) {
+    const Impl::Chunk c = m.chunk(std::min(lanes, count - first));
+    m.pack(m.activation, false, 0, c, x, x_stride, nullptr, first);
+    m.forward(m.inference, m.activation, c, true, false, false);
+    *loss += m.losses(m.activation, c, y + first, 0.f, false, right);
+  }
+}
+
+void Network::forward(const float* x, int64_t x_stride, int64_t count, float* y) {
+  Impl& m = *impl_;
+  std::lock_guard<std::mutex> guard(m.lock);
+  m.fold(true);
+  const int64_t lanes = std::min(count, kTile * m.k.width);
+  const Impl::Chunk whole = m.chunk(lanes);
+  m.reserve(m.activation, whole.groups, m.private_slots(whole), m.inference.inside, false);
+  for (int64_t first = 0; first < count; first += lanes) {
+    const Impl::Chunk c = m.chunk(std::min(lanes, count - first));
+    m.pack(m.activation, false, 0, c, x, x_stride, nullptr, first);
+    m.forward(m.inference, m.activation, c, true, false, false);
+    m.unpack(m.activation, false, static_cast<int64_t>(m.nodes.size()) - 1, c, y, first);
+  }
+}
+
+std::unique_ptr<NetworkTape> Network::record(const float* x, int64_t x_stride, int64_t count, bool training, float* y) {
+  Impl& m = *impl_;
+  std::lock_guard<std::mutex> guard(m.lock);
+  m.fold(false);
+  auto tape = std::make_unique<NetworkTape::Impl>();
+  tape->free = m.free;
+  tape->free_lock = m.free_lock;
+  {
+    std::lock_guard<std::mutex> free(*m.free_lock);
+    if (!m.free->empty()) {
+      tape->memory = std::move(m.free->back());
+      m.free->pop_back();
+    }
+  }
+  tape->count = count;
+  tape->training = training;
+  const Impl::Chunk c = m.chunk(count);
+  m.reserve(tape->memory, c.groups, c.groups, m.learning.inside, false);
+  m.pack(tape->memory, false, 0, c, x, x_stride, nullptr, 0);
+  m.forward(m.learning, tape->memory, c, false, training, training);
+  m.unpack(tape->memory, false, static_cast<int64_t>(m.nodes.size()) - 1, c, y, 0);
+  for (const auto& layer : m.layers) {
+    tape->statistics.push_back(layer->is_norm() ? static_cast<NormLayer&>(*layer).statistics() : Statistics{});
+  }
+  return std::unique_ptr<NetworkTape>(new NetworkTape(std::move(tape)));
+}
+
+void Network::backward(const NetworkTape& tape, const float* grad, float* dx,
+                       const std::vector<NetworkTarget>& targets) {
+  Impl& m = *impl_;
+  std::lock_guard<std::mutex> guard(m.lock);
+  const NetworkTape::Impl& t = *tape.impl_;
+  if (t.free != m.free) throw std::invalid_argument("tape: expected one of this network");
+  if (static_cast<int64_t>(targets.size()) != m.caller_layers) {
+    throw std::invalid_argument("targets: expected one for each layer");
+  }
+  m.fold(false);
+  m.wants_dx = dx != nullptr;
+  const Impl::Chunk c = m.chunk(t.count);
+  m.reserve(m.gradient, c.groups, m.private_slots(c), m.learning.inside, true);
+  for (Parameter* p : m.parameters) p->reserve_gradient();
+  for (size_t i = 0; i < m.layers.size(); i++) {
+    if (m.layers[i]->is_norm()) static_cast<NormLayer&>(*m.layers[i]).use(t.statistics[i]);
+  }
+  const int64_t outputs = m.classes();
+  m.pack(m.gradient, true, static_cast<int64_t>(m.nodes.size()) - 1, c, grad, outputs, nullptr, 0);
+  m.backward(t.memory, c, false, t.training);
+  if (dx != nullptr) m.unpack(m.gradient, true, 0, c, dx, 0);
+  for (const auto& layer : m.layers) {
+    if (layer->index >= 0) layer->gradients(targets[layer->index]);
+  }
+}
+
+void Network::load(int64_t layer, const NetworkTarget& from) {
+  std::lock_guard<std::mutex> guard(impl_->lock);
+  if (Layer* found = impl_->find(layer)) {
+    impl_->fold(false);
+    found->load(from);
+    found->refresh();
+  }
+}
+
+void Network::store(int64_t layer, const NetworkTarget& to) const {
+  std::lock_guard<std::mutex> guard(impl_->lock);
+  if (const Layer* found = impl_->find(layer)) found->store(to);
+}
+
+}  // namespace sl::cpu
