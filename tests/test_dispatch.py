@@ -262,3 +262,19 @@ def test_the_rule_of_masked_linear(direction, shape, density, batch, name):
         assert op._rule(key) == ("dense" if isa == "portable" and density > 0.09 else name)
     _ext.extension().cpu_set_isa("auto")
     assert op._rule((*key[:6], "cuda", True)) == "dense"
+
+
+def test_a_backend_that_a_gpu_is_not_made_for_is_left_out_with_a_warning():
+    class OutOfResources(Exception):
+        """As Triton's."""
+
+    OutOfResources.__module__ = "triton.runtime.errors"
+
+    def fails():
+        raise OutOfResources("out of resources: shared memory\nmore")
+
+    with pytest.warns(UserWarning, match=r"the triton backend failed and is not used here \(OutOfResources: out of"):
+        seconds = dispatch.measure({"dense": lambda: None, "triton": fails, "cuda": lambda: None})
+    assert set(seconds) == {"dense", "cuda"}
+    with pytest.raises(OutOfResources):
+        dispatch.measure({"dense": fails, "triton": lambda: None})

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import decode_linear as op
+from ..ops.library import autocasts
 
 PARTS = ("starts", "codes", "values")
 
@@ -65,7 +66,7 @@ class DecodeLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = self.values.dtype
-        if torch.is_autocast_enabled(input.device.type):
+        if autocasts(input.device):
             wanted = torch.get_autocast_dtype(input.device.type)
             bias = None if self.bias is None else self.bias.to(dtype)
             with torch.autocast(input.device.type, enabled=False):

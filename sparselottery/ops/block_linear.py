@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import bitmask, derived, dispatch, reference
 from . import masked_linear as masked
-from .library import LIBRARY, check_tensors, is_plain, transformed
+from .library import LIBRARY, autocasts, check_tensors, is_plain, transformed
 
 OP = "block_linear"
 SIDES = (128, 64, 32, 16)
@@ -292,7 +292,7 @@ def block_linear(
         raise TypeError(f"block: expected a pair of ints, rows and columns, got {block!r}")
     if min(block) < 1:
         raise ValueError(f"block: expected at least 1 row and 1 column, got {tuple(block)}")
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device):
         x, weight, bias = masked._autocast(x, weight, bias)
     masked._check(x, weight, words, bias)
     if transformed():

@@ -67,10 +67,13 @@ def pack(weight: Tensor, words: Tensor, format: str) -> DecodeWeight:
         format: a key of FORMATS.
 
     Raises:
-        TypeError, ValueError: another dtype, shape or format; more entries than an int32 counts.
+        TypeError, ValueError: not a tensor; another dtype, shape or format; more entries than an int32 counts.
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    for name, t in (("weight", weight), ("words", words)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight: expected float16 or bfloat16, got {weight.dtype}")
     if weight.dim() != 2:
@@ -149,8 +152,10 @@ def decode_linear(x: Tensor, packed: DecodeWeight, bias: Tensor | None = None) -
         `[*, rows]`.
 
     Raises:
-        TypeError, ValueError: another dtype, shape or device.
+        TypeError, ValueError: `packed` is not from `pack`; another dtype, shape or device.
     """
+    if not isinstance(packed, DecodeWeight):
+        raise TypeError(f"packed: expected what pack returns, got {type(packed).__name__}")
     values = packed.values
     for name, t, shape in (("x", x, [packed.columns]), ("bias", bias, [packed.rows])):
         if t is None and name == "bias":

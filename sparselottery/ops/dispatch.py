@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 
@@ -181,11 +182,23 @@ def fastest(seconds: dict[str, float], call: float = 0.0) -> str:
 
 
 def measure(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each candidate: one run each to warm up, then up to five rounds of one run each, in turn."""
+    """Median seconds of each candidate: one run each to warm up, then up to five rounds of one run each, in turn.
+
+    One that this GPU is not made for (Triton cannot compile it, it asks for more memory than there is) is left out, with a
+    warning.
+    """
     start = time.perf_counter()
     times = {name: [] for name in candidates}
     for name, run in candidates.items():
-        times[name].append(_seconds(run))
+        try:
+            times[name].append(_seconds(run))
+        except Exception as error:
+            if name == "dense" or not _unfit(error):
+                raise
+            del times[name]
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            warnings.warn(f"sparselottery: the {name} backend failed and is not used here ({why})", stacklevel=2)
+            continue
         if (
             times[name][0] > _BUDGET / 10
         ):  # long runs vary little and need no warming up: the second one would only cost
@@ -193,9 +206,14 @@ def measure(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
     for _ in range(_ROUNDS):
         if time.perf_counter() - start > _BUDGET:
             break
-        for name, run in candidates.items():
-            times[name].append(_seconds(run))
+        for name, runs in times.items():
+            runs.append(_seconds(candidates[name]))
     return {name: statistics.median(runs[1:] or runs) for name, runs in times.items()}
+
+
+def _unfit(error):
+    """Whether an error says that a kernel cannot run on this GPU, not that it is wrong."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or type(error).__module__.partition(".")[0] == "triton"
 
 
 def table() -> list[dict]:

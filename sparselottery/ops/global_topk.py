@@ -49,21 +49,7 @@ def global_topk(
         ValueError: NaN in any tensor, eligible or not (the message names it); `keep` out of range; shapes or devices
             that differ.
     """
-    if isinstance(tensors, Tensor):
-        raise TypeError("tensors: expected a list of tensors, got a tensor")
-    tensors = _listed("tensors", "a list of tensors", tensors)
-    names = [f"tensors[{i}]" for i in range(len(tensors))] if names is None else _listed("names", "a list", names)
-    if len(names) != len(tensors):
-        raise ValueError(f"names: expected {len(tensors)}, one per tensor, got {len(names)}")
-    for name, t in zip(names, tensors, strict=True):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if t.layout != torch.strided:
-            raise ValueError(f"{name}: expected a dense tensor, got layout {t.layout}")
-        if t.dtype not in bitmask.FLOATS:
-            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {t.dtype}")
-        if t.device != tensors[0].device:
-            raise ValueError(f"{name}: expected device {tensors[0].device} like the first tensor, got {t.device}")
+    tensors, names = _checked(tensors, names)
     if tensors and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("global_topk reads the threshold, which a CUDA graph cannot: capture ops.global_topk.select")
     chosen = select(tensors, keep, eligible=eligible, by=by)
@@ -102,8 +88,9 @@ def select(tensors: list, keep: int, *, eligible=None, by: str = "magnitude") ->
     weights. Other backends count the eligible ones first, and may wait.
 
     Raises:
-        TypeError, ValueError: `eligible`, `keep` or `by` are wrong in a way that shows without looking at the weights.
+        TypeError, ValueError: an argument is wrong in a way that shows without looking at the weights.
     """
+    tensors, _ = _checked(tensors, None)
     words, counts, most = _eligible_words(tensors, eligible)
     if isinstance(keep, bool):
         raise TypeError("keep: expected an int, got bool")
@@ -127,6 +114,26 @@ def select(tensors: list, keep: int, *, eligible=None, by: str = "magnitude") ->
             allowed = allowed + torch.stack([count for _, count in counts]).sum()
     chosen = [masks.Mask._trusted(w, t.shape) for w, t in zip(kept, tensors, strict=True)]
     return Selection(chosen, threshold, nan_tensor, allowed)
+
+
+def _checked(tensors, names) -> tuple[list, list]:
+    """Lists of the tensors and of what messages call them; raises where the tensors cannot be ranked."""
+    if isinstance(tensors, Tensor):
+        raise TypeError("tensors: expected a list of tensors, got a tensor")
+    tensors = _listed("tensors", "a list of tensors", tensors)
+    names = [f"tensors[{i}]" for i in range(len(tensors))] if names is None else _listed("names", "a list", names)
+    if len(names) != len(tensors):
+        raise ValueError(f"names: expected {len(tensors)}, one per tensor, got {len(names)}")
+    for name, t in zip(names, tensors, strict=True):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got layout {t.layout}")
+        if t.dtype not in bitmask.FLOATS:
+            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {t.dtype}")
+        if t.device != tensors[0].device:
+            raise ValueError(f"{name}: expected device {tensors[0].device} like the first tensor, got {t.device}")
+    return tensors, names
 
 
 def _keep_out_of_range(allowed, keep):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _ext
 from . import bitmask, derived, dispatch, reference
-from .library import LIBRARY, check_tensors, is_plain, transformed
+from .library import LIBRARY, autocasts, check_tensors, is_plain, transformed
 
 OP = "masked_conv2d"
 _ARGUMENTS = "int[2] stride, int[2] padding, int[2] dilation, int groups, bool premasked"
@@ -396,10 +396,9 @@ def _pad(x, weight, stride, padding, dilation):
 
 
 def _autocast(x, weight, bias):
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not autocasts(x.device):
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(t):  # float64 stays, as under torch's own autocast rule
         return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .. import _ext
 from . import bitmask, dispatch, fp32_linear, reference, sparse_linear
-from .library import LIBRARY, check_tensors, is_plain, transformed
+from .library import LIBRARY, autocasts, check_tensors, is_plain, transformed
 from .masked_linear_index import index_of, plan_of
 
 OP = "masked_linear"
@@ -207,7 +207,7 @@ def _candidates(t, density, dense, cpu, triton, plain, emulated, cuda):
     if t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
         from .. import kernels
 
-        if kernels.AVAILABLE:
+        if kernels.AVAILABLE and t.dtype in _triton().DTYPES:
             candidates["triton"] = triton
     return candidates
 
@@ -373,7 +373,7 @@ def masked_linear(
         ValueError: a shape or device that does not fit; the message names the argument.
     """
     check_tensors(x, weight, words, bias)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device):
         x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, words, bias)
     if transformed():

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from .. import _ext
 from .._ext import extension
 from . import derived, dispatch, masked_linear
-from .library import LIBRARY, check_tensors, transformed
+from .library import LIBRARY, autocasts, check_tensors, transformed
+from .masked_conv2d import _pair
 from .packed import check_count, check_values, expand, gather, plain_expand
 
 LIBRARY.define(
@@ -337,7 +338,7 @@ def packed_conv2d(
 
     Args:
         x: `[N, C, H, W]`, floating point; any strides (channels_last stays so).
-        values, words, bias: as for `packed_linear`. stride, padding, dilation: pairs (rows, columns).
+        values, words, bias: as for `packed_linear`. stride, padding, dilation: an int or a pair (rows, columns).
 
     Returns:
         `[N, out, H', W']`; gradients as in `packed_linear`.
@@ -347,10 +348,19 @@ def packed_conv2d(
     """
     shape = _start(x, values, words, bias, shape, 4)
     x, values, bias = _autocast(x, values, bias)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    padding = _pair("padding", padding, 0)
+    if not isinstance(groups, int) or groups < 1 or shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of the {shape[0]} output channels, got {groups!r}")
     if x.ndim != 4 or x.shape[1] != shape[1] * groups:
         raise ValueError(f"x: expected [N, {shape[1] * groups}, H, W] for weight {list(shape)}, got {list(x.shape)}")
     _check(x, values, bias, shape[0])
-    arguments = (x, values, words, bias, shape, tuple(stride), tuple(padding), tuple(dilation), groups)
+    least = [dilation[i] * (shape[i + 2] - 1) + 1 - 2 * padding[i] for i in (0, 1)]
+    if any(x.shape[i + 2] < least[i] for i in (0, 1)):
+        raise ValueError(
+            f"x: expected height and width of at least {least} for weight {list(shape)}, got {list(x.shape)}"
+        )
+    arguments = (x, values, words, bias, shape, stride, padding, dilation, groups)
     if transformed():
         return F.conv2d(x, plain_expand(values, words, shape), bias, *arguments[5:])
     if _differentiable(x, values, bias):
@@ -369,7 +379,7 @@ def _start(x, values, words, bias, shape, dims):
 
 def _autocast(x, *others):
     """What autocast does to the library's arguments: floating-point ones to its dtype, float64 untouched."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x.device):
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(
