@@ -4,9 +4,12 @@ import json
 import os
 
 import pytest
+import torch
+from torch import nn
 
 from sparselottery import cli
-from sparselottery.experiments import reproduce
+from sparselottery.analysis import reproduction
+from sparselottery.experiments import claims, hparams, models, reproduce, runs
 
 
 def level(density, **kinds):
@@ -23,15 +26,19 @@ LEVELS = [
         reinit={"early_stop_iteration": 8000, "test_accuracy": 0.979},
     ),
 ]
+FOUND = {"imp": {"levels": LEVELS}, "other": {"levels": [level(1.0, ticket={"test_accuracy": 0.9})]}}
 
 
 def test_measures():
-    assert reproduce.early_stop_ratio(0.211)(LEVELS) == pytest.approx(0.75)
-    assert reproduce.early_stop_ratio(0.211, "reinit")(LEVELS) == pytest.approx(2.0)
-    assert reproduce.points_over(0.211)(LEVELS) == pytest.approx(0.4)
-    assert reproduce.points_over(0.211, "ticket", "reinit")(LEVELS) == pytest.approx(0.3)
+    assert claims.early_stop_ratio(0.211)(FOUND) == pytest.approx(0.75)
+    assert claims.early_stop_ratio(0.211, "reinit")(FOUND) == pytest.approx(2.0)
+    assert claims.points_over(0.211)(FOUND) == pytest.approx(0.4)
+    assert claims.points_over(0.211, "ticket", "reinit")(FOUND) == pytest.approx(0.3)
+    assert claims.best_points_over_dense()(FOUND) == pytest.approx(0.4)
+    dense, other = claims.mean(1.0, scale=100), claims.mean(1.0, run="other", scale=100)
+    assert claims.points_between(dense, other)(FOUND) == pytest.approx(7.8)
     with pytest.raises(ValueError, match=r"levels: expected one near density 0\.05"):
-        reproduce.points_over(0.05)(LEVELS)
+        claims.points_over(0.05)(FOUND)
 
 
 @pytest.mark.parametrize(
@@ -39,24 +46,66 @@ def test_measures():
     [("most", 0.7, 0.1, True), ("most", 0.62, 0.1, False), ("least", 0.8, 0.1, True), ("least", 0.9, 0.1, False)],
 )
 def test_a_claim_fails_where_it_is_missed(side, expected, tolerance, holds):
-    claim = reproduce.Claim("sooner", reproduce.early_stop_ratio(0.211), expected, tolerance, side)
-    checked = claim.check(LEVELS)
+    claim = claims.Claim("sooner", claims.early_stop_ratio(0.211), expected, tolerance, side)
+    checked = claim.check(FOUND)
     assert checked["holds"] is holds and checked["measured"] == pytest.approx(0.75)
-    assert reproduce.line(checked).startswith("pass" if holds else "FAIL")
+    assert claims.line(checked).startswith("pass" if holds else "FAIL")
 
 
-def test_every_claim_finds_its_level_in_every_scale():
+def levels_of(run):
+    """The levels that a run ends with, by pruning the network it names; each figure 0.9."""
+    image = (3, 32, 32) if run.data == "cifar-10" else (1, 28, 28)
+    with torch.device("meta"):
+        sizes = {
+            name: (module.weight.numel(), isinstance(module, nn.Conv2d))
+            for name, module in models.MODELS[run.model](run.model, image, 10, 0.0).named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+    total = sum(size for size, _ in sizes.values())
+    figures = {name: {"mean": 0.9} for name in ("early_stop_iteration", "test_accuracy", "final_test_accuracy")}
+    if isinstance(run, hparams.OneShot):
+        densities = [1.0, *run.densities]
+    elif run.scope == "global":
+        fixed = sizes["output"][0] * (not run.output_factor)
+        densities = [(fixed + (total - fixed) * (1 - run.rate) ** i) / total for i in range(run.rounds + 1)]
+    else:
+        factor = {
+            name: run.output_factor if name == "output" else run.conv_factor if conv else 1
+            for name, (_, conv) in sizes.items()
+        }
+        densities = [
+            sum(size * (1 - run.rate * factor[name]) ** i for name, (size, _) in sizes.items()) / total
+            for i in range(run.rounds + 1)
+        ]
+    levels = [{"density": density, "ticket": figures} for density in densities]
+    for i in run.control_levels or range(1, len(levels)):
+        levels[i] |= dict.fromkeys(run.controls, figures)
+    return levels
+
+
+@pytest.mark.parametrize("scale", reproduce.SCALES)
+@pytest.mark.parametrize("name", sorted(reproduce.FIGURES))
+def test_every_claim_finds_its_level_in_every_scale(name, scale):
     """Densities by the schedule alone: no claim may ask for a level or control that its run does not train."""
-    for figure in reproduce.FIGURES.values():
-        for scale in reproduce.SCALES:
-            run = figure.runs[scale]
-            densities = [(1 - run.rate) ** i for i in range(run.rounds + 1)]
-            figures = {name: {"mean": 0.9} for name in ("early_stop_iteration", "test_accuracy", "final_test_accuracy")}
-            levels = [{"density": d, "ticket": figures} for d in densities]
-            for i in run.control_levels or range(1, run.rounds + 1):
-                levels[i] |= dict.fromkeys(run.controls, figures)
-            for claim in figure.claims[scale]:
-                assert isinstance(claim.check(levels)["measured"], float), claim.text
+    figure = reproduce.find(name, scale)
+    found = {label: {"levels": levels_of(run)} for label, run in figure.runs[scale].items()}
+    assert figure.claims[scale]
+    checked = [claim.check(found) for claim in figure.claims[scale]]
+    assert all(isinstance(claim["measured"], float) for claim in checked)
+    panels = figure.panels(found)
+    assert [len(panel["series"]) >= len(found) for panel in panels] == [True] * 3
+    assert len({claim["claim"] for claim in checked}) == len(checked)
+    numbers = {"figure": name, "title": figure.title, "claims": checked, "panels": panels}
+    (drawn,) = reproduction.figures(numbers)
+    assert drawn.name == name and [row[0] for row in drawn.rows] == [claim["claim"] for claim in checked]
+
+
+@pytest.mark.parametrize("scale", reproduce.SCALES)
+@pytest.mark.parametrize("name", sorted(reproduce.FIGURES))
+def test_every_run_can_be_asked_for(name, scale):
+    for run in reproduce.find(name, scale).runs[scale].values():
+        assert run.rates() is not None and type(run) in runs.RUNS
+        models.make(run.model, (3, 32, 32) if run.data == "cifar-10" else (1, 28, 28), 10, dropout=run.dropout)
 
 
 def test_unknown_names():
@@ -84,6 +133,7 @@ def test_lenet_smoke_on_mnist(tmp_path, capsys):
     status = cli.main([*arguments, "--json"])
     captured = capsys.readouterr()
     result = json.loads(captured.out.splitlines()[-1])
+    assert os.path.exists(os.path.join(result["run"], "analysis", "reproduction.json"))
     assert result["figure"] == "lenet" and result["scale"] == "smoke"
     assert {"claim", "measured", "expected", "tolerance", "holds"} <= set(result["claims"][0])
     assert status == (0 if all(claim["holds"] for claim in result["claims"]) else 1)

@@ -26,6 +26,7 @@ ANALYSES: dict[str, str] = {
     "class-damage": "class_damage",
     "landscape": "landscape",
     "stability": "stability",
+    "reproduction": "reproduction",
 }
 
 FOLDER = "analysis"

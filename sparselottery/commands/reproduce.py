@@ -16,7 +16,7 @@ def fill(parser):
 
 
 def run(arguments):
-    from ..experiments import reproduce
+    from ..experiments import claims, reproduce
 
     result = reproduce.reproduce(
         arguments.figure,
@@ -27,6 +27,6 @@ def run(arguments):
         progress=Progress(),
     )
     for claim in result["claims"]:
-        say(arguments, reproduce.line(claim))
+        say(arguments, claims.line(claim))
     say(arguments, f"figure: {result['png']}")
     return int(not all(claim["holds"] for claim in result["claims"])), result

@@ -121,24 +121,29 @@ def _with_unit(step):
     return f"{step}it" if str(step).isdecimal() else step
 
 
-# The papers' protocols (Frankle & Carbin, figure 2 and appendices) beside the demo; `replace` what a scale changes.
+# The papers' protocols (Frankle & Carbin, figure 2 and appendices G to J) beside the demo; `replace` what a scale changes.
 _LENET = Imp(
     data="mnist", budget="50000it", validation=5000, evaluate_every=100, evaluate_test="improved", rounds=21, repeats=3,
     controls=("reinit",),
 )  # fmt: skip
 _CONV = replace(_LENET, data="cifar-10", model="conv-2", lr=2e-4, budget="20000it", conv_factor=0.5)
+# Convolutions alone are pruned, all together; momentum, mirrored and cropped images, the rate divided by ten twice.
+_DEEP = Imp(
+    data="cifar-10", model="resnet-20", optimizer="sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, batch_size=128,
+    budget="30000it", warmup="20000it", milestones=("20000it", "25000it"), validation=5000, evaluate_every=500,
+    evaluate_test="improved", augment="flip-crop", scope="global", output_factor=0.0, controls=("reinit",), rounds=21,
+)  # fmt: skip
 PRESETS = {
     "digits": Imp(),
     "lenet": _LENET,
     "conv2": _CONV,
     "conv4": replace(_CONV, model="conv-4", lr=3e-4, budget="25000it"),
     "conv6": replace(_CONV, model="conv-6", lr=3e-4, budget="30000it", conv_factor=0.75),
-    "resnet": Imp(
-        data="cifar-10", model="resnet-20", optimizer="sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, batch_size=128,
-        budget="30000it", warmup="20000it", milestones=("20000it", "25000it"), validation=5000, evaluate_every=500,
-        evaluate_test="improved", scope="global", output_factor=0.0, controls=("reinit",), rounds=21,
+    "resnet18": _DEEP,
+    "vgg19": replace(
+        _DEEP, model="vgg-19", lr=0.1, batch_size=64, budget="160ep", warmup="10000it", milestones=("80ep", "120ep")
     ),
-}  # fmt: skip
+}
 
 
 def changed(hparams) -> dict:
