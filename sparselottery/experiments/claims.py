@@ -44,7 +44,7 @@ def line(claim: dict) -> str:
     bound = claim["expected"] - claim["tolerance"] if least else claim["expected"] + claim["tolerance"]
     sign = ">=" if least else "<="
     verdict = "pass" if claim["holds"] else "FAIL"
-    return f"{verdict}  {claim['claim']}: {claim['measured']:.3g} (paper {claim['expected']:.3g}; passes {sign} {bound:.3g})"
+    return f"{verdict}  {claim['claim']}: {claim['measured']:.3g} (expected {claim['expected']:.3g}; passes {sign} {bound:.3g})"
 
 
 # ---- measures of iterative and one-shot runs; `run` is the label, None the figure's first run ----

@@ -226,7 +226,7 @@ def _conv(title, preset, *, at, sooner, best, gain, smoke, learned, short, rate,
 
 
 CONV2 = _conv(
-    "Conv-2", "conv2", at=0.088, sooner=1 / 3.5, best=0.046, gain=3.4, smoke="60it", learned=16.0,
+    "Conv-2", "conv2", at=0.088, sooner=1 / 3.5, best=0.046, gain=3.4, smoke="45it", learned=16.0,
     short="1000it", rate=0.45, levels=(0.094, 0.094),
 )  # fmt: skip
 CONV4 = _conv(
@@ -270,16 +270,16 @@ DROPOUT = Figure(
             ).items()
         },
         "short": _with_and_without("Conv-2", replace(CONV2.runs["short"]["imp"], **_NO_CONTROLS)),
-        "smoke": _with_and_without("Conv-2", replace(CONV2.runs["smoke"]["imp"], budget="40it", **_NO_CONTROLS)),
+        "smoke": _with_and_without("Conv-2", replace(CONV2.runs["smoke"]["imp"], budget="30it", **_NO_CONTROLS)),
     },
     claims={
         "paper": tuple(c for net, gains in _PAPERS_NETS.items() for c in _dropout_claims(net, *gains, tolerance=1.0)),
         # Dropout slows learning, so that it cannot pay before the plain network overfits, which `short` does not come to.
         "short": _dropout_claims("Conv-2", -3.0, 2.3, 5.0, FINAL)[:1] + _dropout_claims("Conv-2", 0, 2.3, 2.3, FINAL)[1:],
         "smoke": (
-            Claim("after 40it the dense network with dropout is above chance in test accuracy, in points over 10",
+            Claim("after 30it the dense network with dropout is above chance in test accuracy, in points over 10",
                   lambda found: mean(1.0, figure=FINAL, run="Conv-2 dropout", scale=100)(found) - 10, 12.0, 6.0, "least"),
-            Claim("after 40it the ticket with dropout is above chance in test accuracy, in points over 10",
+            Claim("after 30it the ticket with dropout is above chance in test accuracy, in points over 10",
                   lambda found: mean(0.16, figure=FINAL, run="Conv-2 dropout", scale=100)(found) - 10, 12.0, 6.0, "least"),
         ),
     },
