@@ -27,6 +27,7 @@ ANALYSES: dict[str, str] = {
     "landscape": "landscape",
     "stability": "stability",
     "reproduction": "reproduction",
+    "mutual-information": "mutual_information",
 }
 
 FOLDER = "analysis"

@@ -6,6 +6,7 @@
 COMMANDS = {  # command -> module here, in the order of --help
     "imp": "imp",
     "one-shot": "one_shot",
+    "mutual-information": "mutual_information",
     "reproduce": "reproduce",
     "bench": "bench",
     "analyze": "analyze",

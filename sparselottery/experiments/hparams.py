@@ -114,6 +114,25 @@ class OneShot(_Search):
     )
 
 
+METHODS = ("mutual-information", "early-bird", "imp", "magnitude", "random")
+
+
+@dataclass(frozen=True)
+class MutualInformation(Training):
+    """Neurons chosen by mutual information, beside other ways to choose as many."""
+
+    density: float = _of(0.1, "fraction of the neurons and channels to keep")
+    scope: str = _of("layer", "keep this fraction of every layer, or rank all together", ("layer", "global"))
+    methods: tuple[str, ...] = _of(METHODS, "ways to choose them", METHODS)
+    fraction: float = _of(0.1, "how much of the budget is trained before mutual information is measured")
+    bins: int = _of(0, "bins of the estimator (0: as many as the probe set, the validation examples, allows)")
+    rate: float = _of(0.2, "imp: fraction of the remaining neurons pruned in a round")
+    window: int = _of(5, "early-bird: epochs whose masks are compared")
+    threshold: float = _of(0.1, "early-bird: the distance below which masks have settled")
+    l1: float = _of(1e-4, "early-bird: factor of the L1 penalty on BatchNorm scales")
+    seeds: int = _of(5, "trials")
+
+
 def _with_unit(step):
     """A number of iterations as "600it": one run has one name, however it was typed."""
     if isinstance(step, tuple):

@@ -137,7 +137,7 @@ def run(
         progress({"event": "start", "run": str(store.folder), "done": len(done), "total": len(jobs)})
         for job in _done(plan, store, [j for j in jobs if j not in done], done, workers):
             store.append_metrics(job)
-            progress({"event": "job", "done": len(done), "total": len(jobs), **_event(store, job)})
+            progress({"event": "job", "done": len(done), "total": len(jobs), **event(store, job)})
         store.write_metrics(jobs)
         found = {**_before(store), **summary(store, jobs)}
         store.write_result(found)
@@ -288,7 +288,8 @@ def digest(ticket: Ticket) -> str:
     return found.hexdigest()
 
 
-def _event(store: Store, job: Job) -> dict:
+def event(store: Store, job: Job) -> dict:
+    """What a driver tells of a finished job."""
     outcome = store.job(job)
     history = History.from_json(outcome["history"])
     names = ("seed", "level", "kind", "repeat", "density", "seconds")
