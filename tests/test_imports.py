@@ -161,7 +161,9 @@ def test_one_op_one_name_in_every_room():
     whole = {"whole_step", "network"}  # whole networks at once: no ops
     for path, stem in stems:
         name = re.sub(r"_simd$", "", stem)
-        assert name in ops | helpers | whole or any(name.startswith(op + "_") for op in ops | whole), f"{path}: no ops/{name}.py"
+        assert name in ops | helpers | whole or any(name.startswith(op + "_") for op in ops | whole), (
+            f"{path}: no ops/{name}.py"
+        )
 
 
 def project_files():

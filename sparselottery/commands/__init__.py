@@ -8,6 +8,7 @@ COMMANDS = {  # command -> module here, in the order of --help
     "one-shot": "one_shot",
     "mutual-information": "mutual_information",
     "reproduce": "reproduce",
+    "plan": "plan",
     "bench": "bench",
     "analyze": "analyze",
     "report": "report",

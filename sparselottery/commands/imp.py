@@ -1,3 +1,4 @@
+from .common import given_fields
 from .drivers import driver_arguments, run_driver
 
 HELP = "find a lottery ticket by iterative magnitude pruning"
@@ -18,3 +19,9 @@ def run(arguments):
     from ..experiments import hparams, runs
 
     return run_driver(arguments, hparams.Imp, runs.run_imp)
+
+
+def planned(arguments) -> dict:
+    from ..experiments import hparams
+
+    return {"imp": hparams.Imp(**given_fields(arguments, hparams.Imp))}

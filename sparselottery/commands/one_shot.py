@@ -1,3 +1,4 @@
+from .common import given_fields
 from .drivers import driver_arguments, run_driver
 
 HELP = "find lottery tickets by pruning once to each density"
@@ -17,3 +18,9 @@ def run(arguments):
     from ..experiments import hparams, runs
 
     return run_driver(arguments, hparams.OneShot, runs.run_one_shot)
+
+
+def planned(arguments) -> dict:
+    from ..experiments import hparams
+
+    return {"one-shot": hparams.OneShot(**given_fields(arguments, hparams.OneShot))}

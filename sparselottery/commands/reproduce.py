@@ -30,3 +30,9 @@ def run(arguments):
         say(arguments, claims.line(claim))
     say(arguments, f"figure: {result['png']}")
     return int(not all(claim["holds"] for claim in result["claims"])), result
+
+
+def planned(arguments) -> dict:
+    from ..experiments import reproduce
+
+    return dict(reproduce.find(arguments.figure, arguments.scale).runs[arguments.scale])

@@ -6,6 +6,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,6 +112,19 @@ class Plan:
         }
 
 
+_PLANNING: ContextVar[bool] = ContextVar("planning", default=False)
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Inside, drivers check their arguments and return their `Plan` in place of doing it: nothing is trained or written."""
+    token = _PLANNING.set(True)
+    try:
+        yield
+    finally:
+        _PLANNING.reset(token)
+
+
 def run(
     plan: Plan, out, workers: int, progress: Callable[[dict], None] | None, config: Mapping | None = None
 ) -> Result:
@@ -121,6 +136,8 @@ def run(
     if callable(asked) and accepts(asked, "budget", "snapshot_at"):  # before a mistake can leave anything behind
         rewinding = {"snapshot_at": plan.rewind} if plan.rewind_step is not None else {}
         asked(plan.build(plan.seeds[0]), budget=plan.budget, **rewinding)
+    if _PLANNING.get():
+        return plan
     many = how_many(plan.replicas, plan.fit, lambda: plan.build(plan.seeds[0]), workers)
     plan = replace(plan, replicas=many)
     if workers > 1:

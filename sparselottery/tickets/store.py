@@ -11,10 +11,10 @@
     manifest.json      SHA-256 of every file above
 
 Reports, figures and analyses stand beside them; they can be made again and are not in the manifest. Every file but
-metrics.jsonl is written to a temporary name, flushed to the disk and renamed, so it is whole or absent. A job is done when its file exists;
-what a killed process had begun is done again, to the same bits. metrics.jsonl grows by whole jobs and is written anew from
-them at the start and at the end, so a torn line does not last and none comes twice. Files of somebody else's in the folder
-are left alone: it may well be a home or a project.
+metrics.jsonl is written to a temporary name, flushed to the disk and renamed, so it is whole or absent. A job is done when
+its file exists; what a killed process had begun is done again, to the same bits. metrics.jsonl grows by whole jobs and is
+written anew from them at the start and at the end, so a torn line does not last and none comes twice. Files of somebody
+else's in the folder are left alone: it may well be a home or a project.
 """
 
 import fcntl
