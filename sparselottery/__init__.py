@@ -21,6 +21,7 @@ try:
     from .pruning import Gradual, prune, prune_neurons
     from .tickets.channels import shrink
     from .tickets.early_bird import EarlyBird
+    from .tickets.early_bird_driver import early_bird
     from .tickets.imp import imp
     from .tickets.mutual_information import mutual_information
     from .tickets.one_shot import one_shot
@@ -52,6 +53,7 @@ __all__ = [
     "allow_fp32_emulation",
     "compress",
     "densify",
+    "early_bird",
     "explain",
     "from_torch_prune",
     "global_topk",

@@ -86,11 +86,7 @@ class Plan:
         Raises:
             TypeError, ValueError: `make_model` returned no model, or one with nothing to prune.
         """
-        with seeded(seed):
-            model = _call_make_model(self.make_model, seed)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"make_model: expected it to return a torch.nn.Module, got {type(model).__name__}")
-        return sparsify(model, exclude=self.exclude)
+        return sparsify(build(self.make_model, seed), exclude=self.exclude)
 
     def config(self) -> dict:
         """What decides the outcome, as far as it can be told of somebody's functions."""
@@ -156,7 +152,7 @@ def run(
             store.append_metrics(job)
             progress({"event": "job", "done": len(done), "total": len(jobs), **event(store, job)})
         store.write_metrics(jobs)
-        found = {**_before(store), **summary(store, jobs)}
+        found = {**before(store), **summary(store, jobs)}
         store.write_result(found)
     return Result(store.folder, found, temporary)
 
@@ -174,7 +170,7 @@ def _is_whole(path: Path, digest: str | None) -> bool:
     return path.is_file() and sha256(path) == digest
 
 
-def _before(store: Store) -> dict:
+def before(store: Store) -> dict:
     """What result.json says already: what was added to it later stays. A damaged one is made anew from the jobs."""
     try:
         return store.read("result.json") or {}
@@ -326,6 +322,19 @@ def _described(step: Mapping) -> dict:
 
 
 # ---- what users hand in ----
+
+
+def build(make_model: Callable, seed: int) -> nn.Module:
+    """A new model, its values a function of `seed`.
+
+    Raises:
+        TypeError: `make_model` returned no model.
+    """
+    with seeded(seed):
+        model = _call_make_model(make_model, seed)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"make_model: expected it to return a torch.nn.Module, got {type(model).__name__}")
+    return model
 
 
 def _call_make_model(make_model, seed):

@@ -147,8 +147,23 @@ class EarlyBird:
         if not self.drawn and self.epochs >= self.window and max(row[1 - self.window :]) < self.threshold:
             self.epoch = self.epochs
             self.ticket = self.ticket_of(model)
-            self.scores = self._scores(layers)
+            self.scores = self.scores_of(model)
         return self.drawn
+
+    def check(self, model: nn.Module) -> None:
+        """See whether `update` could rank this model, without doing it.
+
+        Raises:
+            TypeError, ValueError: as for `update`.
+        """
+        self._keep(self._layers(_unwrapped(model)))
+
+    def scores_of(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """layer name -> |γ| `[channels]` as they are now, on the CPU; None for unstructured masks."""
+        if self.structure != "channel":
+            return None
+        layers = self._layers(_unwrapped(model))
+        return {name: layer.weight.detach().abs().to("cpu", torch.float32) for name, layer in layers.items()}
 
     def ticket_of(self, model: nn.Module) -> Ticket:
         """The ticket of the newest mask, drawn or not; without `initial` it starts from the values of `model`.
@@ -203,13 +218,7 @@ class EarlyBird:
         values = [layer.weight.detach() for layer in layers.values()]
         if self.structure == "channel":  # a few numbers, perhaps on several devices
             values = [value.cpu() for value in values]
-        keep = round(self.density * sum(value.numel() for value in values))
-        if keep < len(names):
-            raise ValueError(
-                f"density: {self.density:g} keeps {keep} of {sum(v.numel() for v in values)}, fewer than the"
-                f" {len(names)} layers, each of which needs one"
-            )
-        masks, emptied = _guarded_topk(values, keep, [f"{name}.weight" for name in names])
+        masks, emptied = _guarded_topk(values, self._keep(layers), [f"{name}.weight" for name in names])
         self.guarded = tuple(names[i] for i in emptied)
         if emptied and not self._warned:
             self._warned = True
@@ -220,10 +229,15 @@ class EarlyBird:
             )
         return {name: mask.to("cpu") for name, mask in zip(names, masks, strict=True)}
 
-    def _scores(self, layers) -> dict[str, Tensor] | None:
-        if self.structure != "channel":
-            return None
-        return {name: layer.weight.detach().abs().to("cpu", torch.float32) for name, layer in layers.items()}
+    def _keep(self, layers) -> int:
+        """How many survive."""
+        total = sum(layer.weight.numel() for layer in layers.values())
+        keep = round(self.density * total)
+        if keep < len(layers):
+            raise ValueError(
+                f"density: {self.density:g} keeps {keep} of {total}, fewer than the {len(layers)} layers, each of which needs one"
+            )
+        return keep
 
 
 def _guarded_topk(values: list[Tensor], keep: int, names: list[str]) -> tuple[list[Mask], list[int]]:
