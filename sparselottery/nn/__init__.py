@@ -7,6 +7,7 @@ from .decode import DecodeLinear
 from .explain import Explanation, explain
 from .linear import MaskedConv1D, MaskedLinear
 from .packed import PackedConv1D, PackedConv2d, PackedLinear
+from .resident import Resident, resident
 
 __all__ = [
     "DecodeLinear",
@@ -17,6 +18,7 @@ __all__ = [
     "PackedConv1D",
     "PackedConv2d",
     "PackedLinear",
+    "Resident",
     "compress",
     "densify",
     "explain",
@@ -24,6 +26,7 @@ __all__ = [
     "left_dense",
     "masked_modules",
     "pack",
+    "resident",
     "sparsify",
     "unpack",
 ]

@@ -15,9 +15,10 @@ from .dead_units import has_hook, remove_dead_units_
 from .decode import DecodeLinear, to_decode
 from .invariant import MaskedWeight
 from .linear import is_transposed_linear
+from .resident import Resident, resident
 from .semi_structured import SemiStructuredLinear
 
-IN_CPP = (CompiledMLP,)
+IN_CPP = (CompiledMLP, Resident)
 
 
 def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Module:
@@ -31,11 +32,11 @@ def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Mo
     - linear layers in float16 or bfloat16 on a GPU with up to 128 rows of input: packed for decoding
       (`decode.DecodeLinear`) in each format that reads fewer bytes than the dense weight.
 
-    On a CPU each nn.Sequential is also tried as a whole in C++: one of linear layers and ReLU (`compiled_mlp.CompiledMLP`). The
-    model is timed at the end: unless a form of it beats the plain model, dead units and all, by dispatch's margin, that is
-    what comes back. `explain` of the result says what was measured and what was removed. So it is never slower than dense as
-    far as this measurement can tell; measure with the batch you will use. Outputs are those of `model.eval()` for finite
-    inputs, up to the order in which a sparse kernel adds and the rounding of constants.
+    On a CPU each nn.Sequential is also tried as a whole in C++: resident (`resident.resident`), and one of linear layers and
+    ReLU as a `compiled_mlp.CompiledMLP`. The model is timed at the end: unless a form of it beats the plain model, dead units
+    and all, by dispatch's margin, that is what comes back. `explain` of the result says what was measured and what was removed.
+    So it is never slower than dense as far as this measurement can tell; measure with the batch you will use. Outputs are
+    those of `model.eval()` for finite inputs, up to the order in which a sparse kernel adds and the rounding of constants.
 
     The result is saved whole (`torch.save(small, path)`), deep-copied, traced and exported (`torch.jit.trace`,
     `torch.export`: as its layers, masked ones as ops of this package). `densify` makes plain torch of it, for ONNX.
@@ -114,9 +115,14 @@ def _computes(model, expected, args, kwargs) -> bool:
 
 def _in_cpp(model) -> dict[str, nn.Module]:
     """The forms of a Sequential of layers, not of parts of it, that run in C++."""
-    if _ext.WHY_NOT is not None or not isinstance(model, nn.Sequential):
+    if _ext.WHY_NOT is not None or not isinstance(model, nn.Sequential) or has_hook(model):
         return {}
-    return {"compiled": CompiledMLP(model).eval()} if not isinstance(layers_of(model), str) else {}
+    forms = {}
+    if not isinstance(layers_of(model), str):
+        forms["compiled"] = CompiledMLP(copy.deepcopy(model)).eval()
+    if type(model).forward is nn.Sequential.forward and None in (form := resident(model)).where().values():
+        forms["resident"] = form
+    return forms
 
 
 def _take_parts_in_cpp(model, masked, inputs, args, kwargs):

@@ -15,6 +15,7 @@ from .decode import DecodeLinear
 from .invariant import MaskedWeight
 from .linear import MaskedConv1D
 from .packed import PackedWeight
+from .resident import Resident
 from .semi_structured import SemiStructuredLinear
 
 HEADER = ("layer", "kind", "weight", "density", "backend", "measured, in µs")
@@ -99,8 +100,12 @@ def explain(model: nn.Module) -> Explanation:
         if isinstance(network, CompiledMLP) and not isinstance(layers_of(network.network), str)
         for part in network.modules()
     }
+    residents = _in_residents(model)
     for name, module in model.named_modules():
-        if id(module) in whole and isinstance(module, nn.Linear):
+        if id(module) in residents and isinstance(module, (nn.Linear, nn.Conv2d)):
+            note = getattr(module, "_why_this_form", residents[id(module)])
+            rows.append(_plain_row(name, module, note, "cpu (resident)"))
+        elif id(module) in whole and isinstance(module, nn.Linear):
             rows.append(
                 _plain_row(name, module, getattr(module, "_why_this_form", "in C++ with the whole network"), "cpu")
             )
@@ -121,6 +126,17 @@ def explain(model: nn.Module) -> Explanation:
             note = "; ".join(filter(None, (rows[-1].note, f"dead units: {module._dead_units}")))
             rows[-1] = replace(rows[-1], note=note)
     return Explanation(rows, dispatch.forced())
+
+
+def _in_residents(model):
+    """id -> what to say of each layer that runs in C++ with its neighbours."""
+    found = {}
+    for network in model.modules():
+        if isinstance(network, Resident):
+            modules, where = dict(network.named_modules()), network.where()
+            inside = [name for name, why in where.items() if why is None]
+            found |= {id(modules[name]): "in C++ with its neighbours" for name in inside}
+    return found
 
 
 def _plain_row(name, module, reason, backend="dense"):

@@ -1,0 +1,252 @@
+"""resident: a Sequential whose activations stay in the layout of the sparse kernels from one layer to the next."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from .. import _ext
+from ..ops import dispatch
+from . import network
+from .compiled_mlp import has_global_hooks
+from .dead_units import has_hook
+from .invariant import MaskedWeight
+
+_MOST_SHAPES = 4  # of images, for which a run is kept in C++
+
+
+def resident(model: nn.Sequential) -> Resident:
+    """A module with the layers of an nn.Sequential that runs neighbouring layers as one call into C++, forward and backward.
+
+    The kernels for unstructured sparsity want the batch last. A layer alone converts its input and output; here that happens
+    at the edges only. Known are Linear and Conv2d, masked or not, ReLU, MaxPool2d, AvgPool2d, BatchNorm, Flatten and, in eval
+    mode, Dropout, in float32 on the CPU. Whatever else is among them runs by itself; `repr` and `sl.explain` say why.
+
+    Args:
+        model: stays as it is; the new module has the same layers, Parameters and state_dict keys, so optimizers, `sl.prune`
+            and checkpoints go on.
+
+    Raises:
+        TypeError: not an nn.Sequential, or one with a `forward` of its own.
+        ValueError: the model has hooks, which the new module would not have.
+    """
+    if not isinstance(model, nn.Sequential) or type(model).forward not in (nn.Sequential.forward, Resident.forward):
+        hint = "; its Sequentials can be resident" if isinstance(model, nn.Module) else ""
+        raise TypeError(f"model: expected an nn.Sequential, got {type(model).__name__}{hint}")
+    if has_hook(model):
+        raise ValueError("model: expected no hooks and no forward of its own, which the new module would not have")
+    made = Resident(OrderedDict(model._modules))
+    made.training = model.training  # of the container alone: a layer may be in another mode
+    return made
+
+
+class Resident(nn.Sequential):
+    """An nn.Sequential that runs in C++ what can be (see `resident`), with the results of its layers up to rounding.
+
+    As its layers run: other dtypes and devices, autocast, what torch.compile, torch.export and torch.jit.trace look at,
+    `torch.func`'s transforms and forward-mode AD, and everything while there are global module hooks.
+
+    Before each call the copies of the parameters in C++ are brought up to date: by the parameters' versions, after any step of
+    an optimizer, and by one survivor of each weight. A write through `.data` that leaves that one alone goes unnoticed.
+
+    Differentiable once (for `create_graph=True` call the layers: `nn.Sequential.forward(model, x)`).
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._parts: _Parts | None = None
+        network.watch()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _may_run(input):
+            return super().forward(input)
+        for part in self._current().steps:
+            input = part(input)
+        return input
+
+    def _current(self) -> _Parts:
+        if self._parts is None or not self._parts.is_current():
+            self._parts = _Parts(self)
+        return self._parts
+
+    def where(self) -> dict[str, str | None]:
+        """{name of a module: why it runs by itself, or None: in C++ with its neighbours}, as things are now."""
+        parts = self._current()
+        if _ext.WHY_NOT is not None:
+            return dict.fromkeys(parts.names, _ext.WHY_NOT)
+        refused = {i: why for run in parts.runs for why in run.refused.values() for i in range(run.first, run.last + 1)}
+        return {name: refused.get(i, parts.reasons.get(i)) for i, name in enumerate(parts.names)}
+
+    def extra_repr(self) -> str:
+        alone = [f"{name} runs by itself: {why}" for name, why in self.where().items() if why]
+        return "\n".join(alone or ["all in C++"])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_parts": None}  # also what copy.deepcopy goes by
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        network.watch()
+
+
+def _may_run(x) -> bool:
+    """Whether `x` is what C++ takes, and nobody is watching the ops."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and x.layout is torch.strided
+        and x.ndim >= 2
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and x.numel() > 0
+        and _ext.WHY_NOT is None
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not has_global_hooks()
+        and not x.is_neg()
+        and dispatch.forced() in (None, "cpu")
+    )
+
+
+class _Parts:
+    """How the modules of a Sequential are run, as long as they are what they were."""
+
+    def __init__(self, model: Resident):
+        self.names, self.modules = zip(*network.flat(model), strict=True) if len(model) else ((), ())
+        runs, self.reasons = network.plan(self.modules)
+        self.runs = [_Run(run, self.modules[run.first : run.last + 1]) for run in runs]
+        starts = {run.first: run for run in self.runs}
+        covered = {i for run in self.runs for i in range(run.first, run.last + 1)}
+        self.steps = [starts.get(i, m) for i, m in enumerate(self.modules) if i in starts or i not in covered]
+        inside = [m for m in model.modules() if m is model or type(m) is nn.Sequential]
+        self.children = [(m._modules, [*m._modules.values()]) for m in inside]
+        self.modes = [(m, m.training, _is_hooked(m)) for m in (*inside[1:], *self.modules)]
+        self.tensors = [
+            (holder, name, t, t.data_ptr(), t.requires_grad)
+            for run in self.runs
+            for module, _ in run.run.layers
+            for holder in (module._parameters, module._buffers)
+            for name, t in holder.items()
+            if t is not None
+        ]
+
+    def is_current(self) -> bool:
+        return (
+            all([*modules.values()] == before for modules, before in self.children)
+            and all(m.training is mode and _is_hooked(m) == hooked for m, mode, hooked in self.modes)
+            and all(
+                holder.get(name) is t and t.data_ptr() == address and t.requires_grad is wanted
+                for holder, name, t, address, wanted in self.tensors
+            )
+        )
+
+
+def _is_hooked(m) -> bool:
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(hooks) or "forward" in m.__dict__
+
+
+class _Run:
+    """A run of layers, and what C++ has of it for each shape of images."""
+
+    def __init__(self, run: network.Run, modules):
+        self.run, self.modules, self.first, self.last = run, modules, run.first, run.last
+        self.masked = [m for m, _ in run.layers if isinstance(m, MaskedWeight)]
+        self.made: dict[tuple, network.Compiled] = {}
+        self.refused: dict[tuple, str] = {}  # shape -> what C++ said
+        places = [(m, name) for m, _ in run.layers for name in ("weight", "bias")]
+        self.parameters = [m._parameters[name] for m, name in places if m._parameters.get(name) is not None]
+        self.trains = any(p.requires_grad for p in self.parameters)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        compiled = self.compiled(x)
+        if compiled is None:
+            for module in self.modules:
+                x = module(x)
+            return x
+        if torch.is_grad_enabled() and (x.requires_grad or self.trains):
+            y = _Apply.apply(x, compiled, *self.parameters)
+        else:
+            y, _ = _forward(x, compiled, tape=False)
+        if self.run.training:
+            compiled.take_statistics()
+        return y
+
+    def compiled(self, x) -> network.Compiled | None:
+        """What C++ has for inputs like `x`, brought up to date; None where the layers themselves have to run."""
+        if self.run.takes == "image":
+            shape = tuple(x.shape[1:]) if x.ndim == 4 else None
+        elif self.run.takes == "features":
+            shape = (x.shape[1], 1, 1) if x.ndim == 2 else None
+        else:
+            shape = (math.prod(x.shape[1:]), 1, 1)
+        if (
+            shape is None or shape in self.refused or (self.run.training and len(x) == 1)
+        ):  # a variance of one: torch objects
+            return None
+        if any(not layer._premasked() for layer in self.masked):  # lent by functional_call
+            return None
+        found = self.made.get(shape)
+        if found is not None:
+            found.refresh()
+            return found
+        try:
+            found = network.Compiled(self.run, shape)
+        except ValueError as error:  # the layers say what is wrong with the input, if it is the input
+            self.refused[shape] = str(error)
+            return None
+        if len(self.made) == _MOST_SHAPES:
+            del self.made[next(iter(self.made))]
+        self.made[shape] = found
+        return found
+
+
+def _forward(x, compiled, tape):
+    x = x.detach().contiguous()
+    y = x.new_empty(x.shape[0], *compiled.output)
+    size = x.numel() // x.shape[0]
+    if tape or compiled.run.training:
+        return y, compiled.network.record(x.data_ptr(), size, x.shape[0], compiled.run.training, y.data_ptr())
+    compiled.network.forward(x.data_ptr(), size, x.shape[0], y.data_ptr())
+    return y, None
+
+
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, compiled, *parameters):
+        y, ctx.tape = _forward(x, compiled, tape=True)
+        ctx.network, ctx.places, ctx.layers = compiled.network, compiled.places, len(compiled.run.layers)
+        ctx.shape = x.shape
+        ctx.save_for_backward(*parameters)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        parameters = ctx.saved_tensors  # says so if one has been changed since
+        grad = grad.contiguous()
+        _, _, *wanted = ctx.needs_input_grad
+        dx = grad.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
+        gradients = [torch.empty_like(p) if want else None for p, want in zip(parameters, wanted, strict=True)]
+        targets = [[0, 0, 0, 0] for _ in range(ctx.layers)]
+        for (layer, which), gradient in zip(ctx.places, gradients, strict=True):
+            if gradient is not None:
+                targets[layer][which] = gradient.data_ptr()
+        ctx.network.backward(ctx.tape, grad.data_ptr(), 0 if dx is None else dx.data_ptr(), targets)
+        if not _keeps_graph():
+            ctx.tape = None  # its memory serves the next forward pass, whoever still holds this output
+        return dx, None, *gradients
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward pass that runs was called with retain_graph=True, as far as torch tells."""
+    tells = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if tells is None else tells()
