@@ -8,7 +8,6 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from .. import _ext
 from ..ops import dispatch
@@ -54,7 +53,7 @@ class Resident(nn.Sequential):
     Before each call the copies of the parameters in C++ are brought up to date: by the parameters' versions, after any step of
     an optimizer, and by one survivor of each weight. A write through `.data` that leaves that one alone goes unnoticed.
 
-    Differentiable once (for `create_graph=True` call the layers: `nn.Sequential.forward(model, x)`).
+    Twice differentiable: with `create_graph=True` the backward pass goes through the layers.
     """
 
     def __init__(self, *args):
@@ -130,23 +129,25 @@ class _Parts:
         self.children = [(m._modules, [*m._modules.values()]) for m in inside]
         self.modes = [(m, m.training, _is_hooked(m)) for m in (*inside[1:], *self.modules)]
         self.tensors = [
-            (holder, name, t, t.data_ptr(), t.requires_grad)
-            for run in self.runs
-            for module, _ in run.run.layers
+            (holder, name, t, _look(t))
+            for module in self.modules
             for holder in (module._parameters, module._buffers)
             for name, t in holder.items()
-            if t is not None
         ]
 
     def is_current(self) -> bool:
         return (
             all([*modules.values()] == before for modules, before in self.children)
             and all(m.training is mode and _is_hooked(m) == hooked for m, mode, hooked in self.modes)
-            and all(
-                holder.get(name) is t and t.data_ptr() == address and t.requires_grad is wanted
-                for holder, name, t, address, wanted in self.tensors
-            )
+            and all(holder.get(name) is t and _look(t) == seen for holder, name, t, seen in self.tensors)
         )
+
+
+def _look(t):
+    """What changes when a tensor becomes another one and stays the same object."""
+    if t is None or not t.is_cpu or t.is_meta:
+        return None if t is None else (t.dtype, t.device)
+    return (t.data_ptr(), t.dtype, t.requires_grad)
 
 
 def _is_hooked(m) -> bool:
@@ -169,16 +170,19 @@ class _Run:
     def __call__(self, x: Tensor) -> Tensor:
         compiled = self.compiled(x)
         if compiled is None:
-            for module in self.modules:
-                x = module(x)
-            return x
+            return self.layers(x)
         if torch.is_grad_enabled() and (x.requires_grad or self.trains):
-            y = _Apply.apply(x, compiled, *self.parameters)
+            y = _Apply.apply(x, self, compiled, *self.parameters)
         else:
             y, _ = _forward(x, compiled, tape=False)
         if self.run.training:
             compiled.take_statistics()
         return y
+
+    def layers(self, x: Tensor) -> Tensor:
+        for module in self.modules:
+            x = module(x)
+        return x
 
     def compiled(self, x) -> network.Compiled | None:
         """What C++ has for inputs like `x`, brought up to date; None where the layers themselves have to run."""
@@ -221,29 +225,46 @@ def _forward(x, compiled, tape):
 
 class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, compiled, *parameters):
+    def forward(ctx, x, run, compiled, *parameters):
         y, ctx.tape = _forward(x, compiled, tape=True)
-        ctx.network, ctx.places, ctx.layers = compiled.network, compiled.places, len(compiled.run.layers)
-        ctx.shape = x.shape
-        ctx.save_for_backward(*parameters)
+        ctx.run, ctx.network, ctx.places = run, compiled.network, compiled.places
+        ctx.save_for_backward(x, *parameters)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        parameters = ctx.saved_tensors  # says so if one has been changed since
+        x, *parameters = ctx.saved_tensors  # says so if one has been changed since
+        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+        if torch.is_grad_enabled():  # create_graph=True: the same in differentiable torch
+            dx, *gradients = _differentiable_backward(ctx.run, grad, [x, *parameters], wanted)
+            return dx, None, None, *gradients
         grad = grad.contiguous()
-        _, _, *wanted = ctx.needs_input_grad
-        dx = grad.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
-        gradients = [torch.empty_like(p) if want else None for p, want in zip(parameters, wanted, strict=True)]
-        targets = [[0, 0, 0, 0] for _ in range(ctx.layers)]
+        dx, *gradients = (
+            t.new_empty(t.shape) if asked else None for t, asked in zip((x, *parameters), wanted, strict=True)
+        )
+        targets = [[0, 0, 0, 0] for _ in ctx.run.run.layers]
         for (layer, which), gradient in zip(ctx.places, gradients, strict=True):
             if gradient is not None:
                 targets[layer][which] = gradient.data_ptr()
         ctx.network.backward(ctx.tape, grad.data_ptr(), 0 if dx is None else dx.data_ptr(), targets)
         if not _keeps_graph():
             ctx.tape = None  # its memory serves the next forward pass, whoever still holds this output
-        return dx, None, *gradients
+        return dx, None, None, *gradients
+
+
+def _differentiable_backward(run, grad, inputs, wanted):
+    norms = [m for m, _ in run.run.layers if m.training and isinstance(m, network.NORMS)]
+    statistics = [dict(norm._buffers) for norm in norms]
+    try:
+        for norm in norms:  # these have moved on already
+            norm._buffers.update({name: t.clone() for name, t in norm._buffers.items()})
+        y = run.layers(inputs[0])
+    finally:
+        for norm, buffers in zip(norms, statistics, strict=True):
+            norm._buffers.update(buffers)
+    asked = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(y, asked, grad, create_graph=True))
+    return [next(found) if want else None for want in wanted]
 
 
 def _keeps_graph() -> bool:
