@@ -5,8 +5,8 @@ import json
 import pytest
 
 from sparselottery import cli
-from sparselottery.experiments import cost, runs
-from sparselottery.experiments.hparams import Imp, OneShot
+from sparselottery.experiments import any_run, cost, runs
+from sparselottery.experiments.hparams import Imp, MutualInformation, OneShot
 
 TINY = {"budget": "30it", "evaluate_every": 10, "seeds": 2}
 FLAGS = ["--budget", "30it", "--evaluate-every", "10", "--seeds", "2"]
@@ -26,7 +26,7 @@ def works(hparams):
 )
 def test_the_trainings_are_those_of_the_run(hparams, tmp_path):
     planned, weights = works(hparams)
-    result = runs.run_any(hparams, tmp_path, workers=1)
+    result = any_run.run_any(hparams, tmp_path, workers=1)
     lines = (result.run / "metrics.jsonl").read_text().splitlines()
     trained = {tuple(json.loads(line)[k] for k in ("seed", "level", "kind")) for line in lines}
     jobs = list((result.run / "jobs").glob("*.json"))
@@ -36,6 +36,22 @@ def test_the_trainings_are_those_of_the_run(hparams, tmp_path):
     assert weights == sum(mask.to_dense().numel() for mask in result.ticket(0, 0).masks.values())
     begins = 10 if hparams.rewind == "10it" else 0
     assert {work.iterations for work in planned if work.density < 1} == {30 - begins}
+
+
+def test_the_trainings_of_mutual_information(tmp_path, monkeypatch):
+    hparams = MutualInformation(
+        density=0.3, rate=0.4, budget="80it", evaluate_every=40, seeds=2, window=2, threshold=1e-9
+    )
+    planned, _ = works(hparams)
+    seen, train = [], runs.Fit.__call__
+
+    def counted(self, model, *, budget=None, **arguments):
+        seen.append(self.trainer.iterations if budget is None else budget)
+        return train(self, model, budget=budget, **arguments)
+
+    monkeypatch.setattr(runs.Fit, "__call__", counted)
+    any_run.run_any(hparams, tmp_path, workers=1)
+    assert sorted(seen) == sorted(work.iterations for work in planned for _ in range(work.count))
 
 
 def test_time_between_measured_densities():

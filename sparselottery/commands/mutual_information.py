@@ -31,3 +31,9 @@ def run(arguments):
     say(arguments, shown["verdict"])
     say(arguments, f"run: {shown['run']}")
     return 0, shown
+
+
+def planned(arguments) -> dict:
+    from ..experiments.hparams import MutualInformation
+
+    return {"mutual-information": MutualInformation(**given_fields(arguments, MutualInformation))}

@@ -17,8 +17,9 @@ from ..tickets import driver
 from ..tickets.driver import Plan, cores
 from ..training.history import parse_step
 from ..training.trainer import Trainer
-from .hparams import Imp, OneShot, Training
-from .runs import Fit, run_any
+from .any_run import run_any
+from .hparams import Imp, MutualInformation, OneShot, Training
+from .runs import Fit
 
 EXAMPLES = 200  # evaluated while measuring: a test set whole would take as long as hundreds of iterations
 ENOUGH = 0.5  # seconds of iterations that make a measurement
@@ -132,7 +133,25 @@ def _densities(plan: Plan) -> tuple[list[float], int]:
     return found, total or sum(mask.to_dense().numel() for mask in masks[0].values())
 
 
-WORKS: dict[type, Callable] = {Imp: _of_plan, OneShot: _of_plan}
+def _of_mutual_information(hparams: MutualInformation, fit: Fit, data_root) -> tuple[list[Work], int]:
+    """Those of each method. Early-Bird is counted with a whole search, which it stops short where its masks settle."""
+    seeds, density, full = hparams.seeds, hparams.density, fit.trainer.iterations
+    rounds = max(1, math.ceil(math.log(density) / math.log(1 - hparams.rate) - 1e-9))
+    searches = {
+        "mutual-information": [(1.0, max(1, round(hparams.fraction * full)))],
+        "early-bird": [(1.0, full)],
+        "imp": [((1 - hparams.rate) ** i, full) for i in range(1, rounds)],
+    }
+    works = [Work(seeds, 1.0, full, True)]
+    for method in hparams.methods:
+        chain = method == "imp"  # the longest
+        works += [Work(seeds, at, iterations, chain) for at, iterations in searches.get(method, [])]
+        works.append(Work(seeds, density, full, chain))
+    model = fit.make_model()(seed=0)
+    return works, sum(p.numel() for p in model.parameters() if p.ndim > 1)
+
+
+WORKS: dict[type, Callable] = {Imp: _of_plan, OneShot: _of_plan, MutualInformation: _of_mutual_information}
 
 
 # ---- how fast ----

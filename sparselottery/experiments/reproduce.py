@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from .. import analysis
 from ..analysis import reproduction
 from ..tickets.store import Store, to_json
 from ..tickets.ticket import write_atomic
+from .any_run import as_json, run_any
 from .figures import FIGURES, Figure
-from .runs import run_any
 
 SCALES = ("smoke", "short", "paper")
 
@@ -42,13 +43,13 @@ def reproduce(
         ValueError: an unknown figure or scale. FileNotFoundError, ValueError: data missing or damaged.
     """
     spec = find(figure, scale)
-    results = {
+    results = {  # kept until the end: a result may hold its folder
         label: run_any(hparams, out, data_root=data_root, workers=workers, progress=progress)
         for label, hparams in spec.runs[scale].items()
     }
-    found = {label: result.to_json() for label, result in results.items()}
+    found = {label: as_json(result) for label, result in results.items()}
     claims = [claim.check(found) for claim in spec.claims[scale]]
-    run = next(iter(results.values())).run
+    run = Path(next(iter(found.values()))["run"])
     command = f"sparselottery reproduce {figure} --scale {scale}"
     numbers = {
         "figure": figure,
@@ -61,7 +62,7 @@ def reproduce(
         "figure": figure,
         "scale": scale,
         "run": str(run),
-        "runs": {label: str(result.run) for label, result in results.items()},
+        "runs": {label: result["run"] for label, result in found.items()},
         "png": str(png),
         "claims": claims,
     }

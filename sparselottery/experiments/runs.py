@@ -126,11 +126,6 @@ def run_one_shot(
     )
 
 
-def run_any(hparams: Training, out: str | os.PathLike = "runs", **arguments) -> Result:
-    """The run that hyperparameters of this kind describe; see `run_imp`."""
-    return RUNS[type(hparams)](hparams, out, **arguments)
-
-
 def _run(driver, title, hparams, out, data_root, workers, progress, **pace) -> Result:
     fit = Fit(hparams, data_root)
     return driver(
@@ -151,6 +146,3 @@ def _run(driver, title, hparams, out, data_root, workers, progress, **pace) -> R
         progress=progress,
         config={"hparams": asdict(hparams)},
     )
-
-
-RUNS = {Imp: run_imp, OneShot: run_one_shot}
