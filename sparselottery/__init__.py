@@ -20,7 +20,7 @@ try:
     )
     from .ops.fp32_linear import allow_fp32_emulation
     from .ops.global_topk import global_topk
-    from .pruning import Gradual, prune, prune_neurons
+    from .pruning import Gradual, prune, prune_neurons, refill, regroup
     from .tickets.channels import shrink
     from .tickets.early_bird import EarlyBird
     from .tickets.early_bird_driver import early_bird
@@ -67,6 +67,8 @@ __all__ = [
     "pack",
     "prune",
     "prune_neurons",
+    "refill",
+    "regroup",
     "resident",
     "shrink",
     "sparsify",

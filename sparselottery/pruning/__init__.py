@@ -4,6 +4,7 @@ from ..nn.convert import masked_modules
 from .criteria import NAMES as CRITERIA
 from .neurons import NeuronReport, prune_neurons
 from .prune import LayerReport, PruneReport, prune
+from .regroup import StructureReport, refill, regroup
 from .schedules import Gradual, rate_for, round_densities
 from .sensitivity import sensitivity_scores
 
@@ -13,10 +14,13 @@ __all__ = [
     "LayerReport",
     "NeuronReport",
     "PruneReport",
+    "StructureReport",
     "masked_modules",
     "prune",
     "prune_neurons",
     "rate_for",
+    "refill",
+    "regroup",
     "round_densities",
     "sensitivity_scores",
 ]
