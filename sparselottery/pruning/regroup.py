@@ -86,7 +86,8 @@ class StructureReport:
 
         Each becomes a `Permuted` around the layer with rows and columns reordered: it gathers its inputs, goes through
         kernels for blocks where they were measured faster, and puts its outputs back. The network computes the same and can
-        be trained on. Returns `model`.
+        be trained on. Returns `model`. This is for GPUs, whose kernels load blocks: on a CPU the kernels for single weights do
+        not care for the order, and gathering costs (LeNet-300-100 at 10 %, 60 images, one thread: 314 against 305 us, dense 392).
 
         Raises:
             ValueError: a layer is not there, or its mask is not the one that `regroup` left.
