@@ -19,16 +19,25 @@ from pathlib import Path
 from .tickets.store import Store
 from .tickets.ticket import write_atomic
 
-KINDS = ("ticket", "reinit", "random-mask", "shuffle")
+KINDS = ("ticket", "reinit", "random-mask", "shuffle", "constant", "frozen")
 LABELS = {
     "ticket": "winning ticket",
     "reinit": "random reinit",
     "random-mask": "random mask",
     "shuffle": "shuffled init",
+    "constant": "signed constant",
+    "frozen": "pruned at init",
 }
 # Okabe-Ito colours with distinct markers: readable without colour vision and in grey print.
-COLOURS = {"ticket": "#0072B2", "reinit": "#D55E00", "random-mask": "#009E73", "shuffle": "#CC79A7"}
-MARKERS = {"ticket": "o", "reinit": "s", "random-mask": "^", "shuffle": "D"}
+COLOURS = {
+    "ticket": "#0072B2",
+    "reinit": "#D55E00",
+    "random-mask": "#009E73",
+    "shuffle": "#CC79A7",
+    "constant": "#E69F00",
+    "frozen": "#56B4E9",
+}
+MARKERS = {"ticket": "o", "reinit": "s", "random-mask": "^", "shuffle": "D", "constant": "v", "frozen": "P"}
 CURVE_LEVELS = 4  # learning curves of the dense network and this many levels at most: more lines hide each other
 
 

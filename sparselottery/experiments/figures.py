@@ -27,7 +27,14 @@ PANELS = (
     ("test_accuracy", "test accuracy at early stop, %", 100),
     ("final_test_accuracy", "test accuracy at the end, %", 100),
 )
-NAMES = {"ticket": "ticket", "reinit": "random reinit", "random-mask": "random mask", "shuffle": "shuffled init"}
+NAMES = {
+    "ticket": "ticket",
+    "reinit": "random reinit",
+    "random-mask": "random mask",
+    "shuffle": "shuffled init",
+    "constant": "signed constant",
+    "frozen": "pruned at init",
+}
 FINAL = "final_test_accuracy"
 
 

@@ -6,7 +6,7 @@ Each field's metadata says what it means ("help") and, where it is a choice, of 
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..pruning import CRITERIA
-from ..tickets.controls import CONTROLS
+from ..tickets.controls import ALL as CONTROLS
 from ..tickets.masking import SCHEDULES
 from ..training.augment import AUGMENTATIONS
 from .data import DATASETS

@@ -54,6 +54,7 @@ def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
     """
     found = []
     for level in sorted({job.level for job in jobs}):
-        here = [job for job in jobs if job.level == level]
+        here = [job for job in jobs if job.level == level and job.kind != "frozen"]
         found += [here[i : i + size] for i in range(0, len(here), size)]
+        found += [[job] for job in jobs if job.level == level and job.kind == "frozen"]  # of parametrized layers
     return found

@@ -3,6 +3,10 @@
 reinit       the ticket's mask, all weights drawn anew: is it the initial values, or the structure alone?
 random-mask  the initial values, a random mask of the same density in each layer: is it which weights are kept?
 shuffle      the ticket's mask, its own initial values shuffled within each layer: is it more than their scale?
+constant     the ticket's mask, its initial signs, one magnitude in each layer: are signs all you need?
+frozen       the ticket as it is, but pruned weights frozen at their initial values: is it that they are zero?
+
+The last two are of Zhou et al. (arXiv 1905.01067, sections 3 and 4), see actions.py.
 """
 
 import hashlib
@@ -15,6 +19,7 @@ from ..masks import Mask
 from .ticket import Ticket
 
 CONTROLS = ("reinit", "random-mask", "shuffle")
+ALL = (*CONTROLS, "constant", "frozen")
 
 
 def derived_seed(*parts) -> int:

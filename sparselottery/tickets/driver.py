@@ -18,7 +18,7 @@ from .. import _ext
 from ..nn.convert import masked_modules, sparsify
 from ..ops import dispatch
 from ..training.history import History, check_seed, parse_step
-from . import controls, masking
+from . import actions, controls, masking
 from .batches import batches, fit_many_of, how_many
 from .pool import check_guarded, run_all, torch_threads
 from .result import Result, summary
@@ -210,7 +210,10 @@ def run_jobs(plan: Plan, folder: Path, jobs: Sequence[Job], wanted: Sequence[Job
         for job in jobs:
             model = plan.build(job.seed)
             starts.append(Ticket.of(model, model) if dense else _start(plan, store, job))
-            models.append(model if dense else starts[-1].apply(model))
+            if job.kind == "frozen":
+                models.append(actions.freeze_pruned(model, starts[-1]))
+            else:
+                models.append(model if dense else starts[-1].apply(model))
         histories = _fit(plan, models, jobs, **steps)
         seconds = (time.perf_counter() - begin) / len(jobs)
         for job, model, start, history in zip(jobs, models, starts, histories, strict=True):
@@ -248,8 +251,10 @@ def _finish(
 def _start(plan: Plan, store: Store, job: Job) -> Ticket:
     """The ticket a job trains: the level's own, or a control of it."""
     ticket = Ticket.load(store.ticket(job.seed, job.level))
-    if job.kind == "ticket":
+    if job.kind in ("ticket", "frozen"):
         return ticket
+    if job.kind == "constant":
+        return actions.kept_weights(ticket, "constant")
     seed = controls.derived_seed(job.kind, job.seed, job.level, job.repeat)
     if job.kind == "reinit":
         fresh = plan.build(seed)
@@ -262,7 +267,7 @@ def _start(plan: Plan, store: Store, job: Job) -> Ticket:
 
 def _fit(plan: Plan, models: Sequence[nn.Module], jobs: Sequence[Job], **steps) -> list[History]:
     with seeded(jobs[0].seed):
-        if plan.replicas > 1:
+        if plan.replicas > 1 and jobs[0].kind != "frozen":
             returned = fit_many_of(plan.fit)(models, seeds=[job.seed for job in jobs], budget=plan.budget, **steps)
         else:
             returned = [plan.fit(models[0], seed=jobs[0].seed, budget=plan.budget, **steps)]
@@ -386,10 +391,14 @@ def check(make_model, fit, seeds, rewind, names, repeats, workers, threads) -> t
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     listed = isinstance(names, Sequence) and not isinstance(names, str)
-    if not listed or any(n not in controls.CONTROLS for n in names):
-        raise ValueError(f"controls: expected any of {', '.join(controls.CONTROLS)}, got {names!r}")
+    if not listed or any(n not in controls.ALL for n in names):
+        raise ValueError(f"controls: expected any of {', '.join(controls.ALL)}, got {names!r}")
     if len(set(names)) != len(names):
         raise ValueError(f"controls: expected each once (`repeats` trains it several times), got {names!r}")
+    if rewind == "lr" and {"constant", "frozen"} & set(names):
+        raise ValueError(
+            f"controls: expected none of constant, frozen with rewind 'lr', which leaves no initial values, got {names!r}"
+        )
     if rewind not in ("init", "lr"):
         parse_step(rewind, steps_per_epoch=1, name="rewind")
         if not accepts(fit, "snapshot_at", "start_at"):

@@ -59,8 +59,8 @@ def imp(
             "lr" leaves the weights as they are and rewinds the learning rate alone: every round trains on from the survivors'
             trained values with the whole schedule (Renda et al. 2020, arXiv 2003.02389). Then level 0's ticket holds the
             trained weights, which the controls random-mask and shuffle take too.
-        controls: "reinit", "random-mask", "shuffle" (see tickets/controls.py), each trained at every level, or at
-            `control_levels` only, `repeats` times each.
+        controls: "reinit", "random-mask", "shuffle", "constant", "frozen" (see tickets/controls.py), each trained at every
+            level, or at `control_levels` only, `repeats` times each. The last two not with rewind="lr".
         seeds: how many trials (0, 1, ...), or their seeds. One decides initial values, batch order and random masks.
         scope: "layer" prunes every layer by the rate, "global" ranks all weights together.
         rates: factors on the rate by layer, {"output": 0.5, "conv": 0.75} (see `sl.prune`; 0 never prunes it). None is

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from .ticket import TEMPORARY, write_atomic
 
-KINDS = ("ticket", "reinit", "random-mask", "shuffle")
+KINDS = ("ticket", "reinit", "random-mask", "shuffle", "constant", "frozen")
 LOCK = ".lock"
 _OURS = ("config.json", "environment.json", "jobs/*.json", "tickets/*.safetensors", "metrics.jsonl", "result.json",
          "claims.json")  # fmt: skip
