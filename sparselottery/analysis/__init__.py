@@ -22,6 +22,7 @@ from .figure import Figure
 
 # name -> module of this package that has `figures(numbers: dict) -> list[Figure]`; reports show them in this order
 ANALYSES: dict[str, str] = {
+    "early-bird": "early_bird",
     "weight-motion": "weight_motion",
     "class-damage": "class_damage",
     "landscape": "landscape",

@@ -6,6 +6,7 @@
 COMMANDS = {  # command -> module here, in the order of --help
     "imp": "imp",
     "one-shot": "one_shot",
+    "early-bird": "early_bird",
     "mutual-information": "mutual_information",
     "reproduce": "reproduce",
     "plan": "plan",

@@ -3,12 +3,13 @@
 import importlib
 import os
 
-from .hparams import Imp, MutualInformation, OneShot, Training
+from .hparams import EarlyBird, Imp, MutualInformation, OneShot, Training
 
 # kind of hyperparameters -> module of this package and its function (imported when one is run)
 RUNS = {
     Imp: ("runs", "run_imp"),
     OneShot: ("runs", "run_one_shot"),
+    EarlyBird: ("runs", "run_early_bird"),
     MutualInformation: ("mutual_information", "run_mutual_information"),
 }
 

@@ -18,7 +18,7 @@ from ..tickets.driver import Plan, cores
 from ..training.history import parse_step
 from ..training.trainer import Trainer
 from .any_run import run_any
-from .hparams import Imp, MutualInformation, OneShot, Training
+from .hparams import EarlyBird, Imp, MutualInformation, OneShot, Training
 from .runs import Fit
 
 EXAMPLES = 200  # evaluated while measuring: a test set whole would take as long as hundreds of iterations
@@ -28,6 +28,7 @@ PLACES = 3  # densities measured beside the dense network
 IMPROVED = (
     0.5  # of evaluations are new minima of validation loss, where test waits for one: an assumption, on the high side
 )
+SEARCHED = 0.2  # of the epochs until an Early-Bird ticket is drawn: the high end of what the paper saw
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,25 @@ def _of_mutual_information(hparams: MutualInformation, fit: Fit, data_root) -> t
     return works, sum(p.numel() for p in model.parameters() if p.ndim > 1)
 
 
-WORKS: dict[type, Callable] = {Imp: _of_plan, OneShot: _of_plan, MutualInformation: _of_mutual_information}
+def _of_early_bird(hparams: EarlyBird, fit: Fit, data_root) -> tuple[list[Work], int]:
+    """Searches that end after SEARCHED of the epochs; tickets as dear as dense networks: on the high side."""
+    full, seeds = fit.trainer.iterations, hparams.seeds
+    watched = int(hparams.heatmap and seeds > 0)
+    works = [
+        Work(seeds * (2 + len(hparams.controls)), 1.0, full, True),
+        Work(seeds - watched, 1.0, int(SEARCHED * full), False),
+        Work(watched, 1.0, full, False),
+    ]
+    weights = sum(p.numel() for p in fit.make_model()(seed=0).parameters() if p.ndim > 1)
+    return [work for work in works if work.count], weights
+
+
+WORKS: dict[type, Callable] = {
+    Imp: _of_plan,
+    OneShot: _of_plan,
+    EarlyBird: _of_early_bird,
+    MutualInformation: _of_mutual_information,
+}
 
 
 # ---- how fast ----

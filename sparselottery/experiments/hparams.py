@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..pruning import CRITERIA
 from ..tickets.controls import ALL as CONTROLS
+from ..tickets.early_bird import STRUCTURES
+from ..tickets.early_bird_driver import STARTS
 from ..tickets.masking import SCHEDULES
 from ..training.augment import AUGMENTATIONS
 from .data import DATASETS
@@ -112,6 +114,30 @@ class OneShot(_Search):
     schedule: str = _of(
         "once", "prune the trained network at once, or another one gradually while it trains, for the mask", SCHEDULES
     )
+
+
+@dataclass(frozen=True)
+class EarlyBird(Training):
+    """Early-Bird tickets. The defaults are those of the digits demo; networks with BatchNorm only have channels to rank."""
+
+    model: str = _of("conv-bn-4", "network", MODELS)
+    optimizer: str = _of("sgd", "optimizer", ("adam", "adamw", "sgd"))
+    lr: float = _of(0.1, "learning rate")
+    momentum: float = _of(0.9, "momentum, for sgd")
+    budget: str = _of("50ep", "how long each network is trained, in epochs (20ep) or iterations (600 or 600it)")
+    milestones: tuple[str, ...] = _of(
+        ("25ep", "38ep"), "steps such as 500it or 20ep from which the learning rate is divided by ten"
+    )
+    density: float = _of(0.5, "fraction of the channels (weights) to keep")
+    structure: str = _of("channel", "channels by BatchNorm scale, or single weights by magnitude", STRUCTURES)
+    window: int = _of(5, "epochs whose masks are compared")
+    threshold: float = _of(0.1, "the ticket is drawn when their distances are below this")
+    l1: float = _of(1e-4, "factor of the L1 penalty on BatchNorm scales in the search")
+    start: str = _of("init", "train the ticket from its initial values, or from those at which it was drawn", STARTS)
+    round_to: int | None = _of(None, "round the widths of the layers up to multiples of this (8 suits GPUs)")
+    controls: tuple[str, ...] = _of(("random-mask",), "controls trained beside the ticket", ("random-mask",))
+    heatmap: bool = _of(True, "go on with the first search to the end, for the distances over all epochs")
+    seeds: int = _of(5, "trials")
 
 
 METHODS = ("mutual-information", "early-bird", "imp", "magnitude", "random")

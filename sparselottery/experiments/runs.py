@@ -8,15 +8,21 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from .. import analysis
+from ..analysis import early_bird as figures_of_early_bird
+from ..report import command_of
 from ..tickets.driver import cores
+from ..tickets.early_bird_driver import early_bird
 from ..tickets.imp import imp
 from ..tickets.one_shot import one_shot
 from ..tickets.result import Result
+from ..tickets.store import Store
+from ..tickets.ticket import write_atomic
 from ..training.augment import AUGMENTATIONS
 from ..training.history import History, check_seed
 from ..training.trainer import Trainer
 from . import data, models
-from .hparams import Imp, OneShot, Training, changed
+from .hparams import EarlyBird, Imp, OneShot, Training, changed
 
 
 class Fit:
@@ -146,3 +152,41 @@ def _run(driver, title, hparams, out, data_root, workers, progress, **pace) -> R
         progress=progress,
         config={"hparams": asdict(hparams)},
     )
+
+
+def run_early_bird(
+    hparams: EarlyBird,
+    out: str | os.PathLike = "runs",
+    *,
+    data_root: str | os.PathLike | None = None,
+    workers: int | None = None,
+    progress: Callable[[dict], None] | None = None,
+) -> Result:
+    """Early-Bird tickets as `hparams` say; the arguments are those of `run_imp`, the result that of `sl.early_bird`.
+
+    The distances between the masks of all epochs of the first seed are also in the run folder as a picture,
+    `early-bird-distances.png`, and as a table, `early-bird-distances.csv`.
+    """
+    fit = Fit(hparams, data_root)
+    names = ("density", "structure", "window", "threshold", "l1", "start", "round_to", "controls", "seeds", "heatmap")
+    result = early_bird(
+        fit.make_model(),
+        fit,
+        **{key: getattr(hparams, key) for key in names},
+        out=Path(out) / name("early-bird", hparams),
+        workers=cores() if workers is None else workers,
+        threads=1,
+        progress=progress,
+        config={"hparams": asdict(hparams)},
+    )
+    shown = result.to_json()
+    numbers = {key: shown.get(key) for key in figures_of_early_bird.NUMBERS}
+    command = command_of({"driver": "early-bird", "hparams": asdict(hparams)})
+    store = Store(result.run)
+    with store.lock():
+        analysis.save(result.run, "early-bird", numbers, command)
+        picture = analysis.figures("early-bird", numbers)[0]
+        write_atomic(result.run / f"{picture.name}.png", picture.png)
+        table = figures_of_early_bird.csv(numbers["distances"]).encode()
+        write_atomic(result.run / f"{picture.name}.csv", table)
+    return result

@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +130,8 @@ def early_bird(
             the others in "values"; "epochs": of a whole training; "distances": epochs x epochs of the first seed;
             "test_accuracy": of the ticket; "channels" (weights): the fraction kept; "guarded": layers kept from being emptied;
             "macs": {"dense", "ticket"} multiply-adds of one example (channel tickets);
-            "cost": {"dense", "search", "retrain", "early-bird", "imp": {"seconds": {...}, "joules": {...} or None}, "rounds",
-            "ratio", "energy", "how"}, see `cost_of`.
+            "cost": {"dense", "search", "retrain", "making", "early-bird", "imp": {"seconds": {...}, "joules": {...} or None},
+            "rounds", "ratio", "energy", "how"}, see `cost_of`.
 
         `density` of a level is the fraction of the dense network's weights (biases and BatchNorm not counted).
 
@@ -222,20 +223,20 @@ def run_job(plan: Plan, folder: Path, job: Job) -> None:
     """One training and what it leaves; the job's file is written last."""
     store, model = Store(folder), plan.build(job.seed)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dense = weights_of(model)
+    dense, about = weights_of(model), {}
+    if job.level and job.kind != "search":
+        ticket = Ticket.load(store.ticket(job.seed, 1))
+        if job.kind == "random-mask":
+            ticket = _random(plan, ticket, model, job.seed)
+        begin, whole = time.perf_counter(), model
+        model = ticketed(ticket, whole, _example(plan) if plan.by_channel else None)
+        about = {"kept": ticket.count, "total": ticket.total, "making": time.perf_counter() - begin}
+        about |= _macs(plan, whole, model)
     meter = Meter(device, plan.energy, "several trainings at once (--workers 1 measures one after the other)")
     with dispatch.reproducible(), meter:
         if job.kind == "search":
             outcome = _search(plan, store, job, model, meter)
         else:
-            about = {}
-            if job.level:
-                ticket = Ticket.load(store.ticket(job.seed, 1))
-                if job.kind == "random-mask":
-                    ticket = _random(plan, ticket, model, job.seed)
-                about = {"kept": ticket.count, "total": ticket.total}
-                whole, model = model, ticketed(ticket, model, _example(plan) if plan.by_channel else None)
-                about |= _macs(plan, whole, model)
             epochs = []
             history = _fit(plan, job, model, on_epoch=lambda model, epoch: epochs.append(epoch))
             outcome = {"density": weights_of(model) / dense, **about, "epochs": len(epochs), "cost": meter.read()}
@@ -346,9 +347,10 @@ def _summary(plan, store, jobs) -> dict:
 def cost_of(density: float, dense: list[dict], searches: list[dict], retrained: list[dict], energy: dict) -> dict:
     """What the ticket cost, in seconds and joules (None without a meter), seed by seed.
 
-    dense, search, retrain: measured, each from the making of the network to the end of its training, evaluations included.
-    early-bird: search + retrain. imp: computed, not measured: as many dense trainings as iterative pruning to the same density
-    by 20 % a round takes, (rounds + 1), each at the cost of the dense training measured here (sparse rounds saving nothing).
+    dense, search, retrain: measured, the trainings alone with their evaluations and, of the search, masks and distances.
+    making: of the ticket's network from the ticket, seconds, beside these. early-bird: search + retrain.
+    imp: computed, not measured: as many dense trainings as iterative pruning to the same density by 20 % a round takes,
+    (rounds + 1), each at the cost of the dense training measured here (sparse rounds saving nothing).
     """
     rounds = math.ceil(math.log(density) / math.log(1 - IMP_RATE) - 1e-9)
 
@@ -370,6 +372,7 @@ def cost_of(density: float, dense: list[dict], searches: list[dict], retrained: 
 
     return {
         **parts,
+        "making": {"seconds": interval([o["making"] for o in retrained]), "joules": None},
         "early-bird": total,
         "imp": imp,
         "rounds": rounds,

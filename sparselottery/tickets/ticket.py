@@ -22,7 +22,9 @@ from ..ops import bitmask
 
 FORMAT = 1
 _MASK, _WEIGHT = "mask.", "initial."
-TEMPORARY = re.compile(r"\..+\.(?:json|jsonl|safetensors|html|png)\.[a-z0-9_]{8}")  # what write_atomic makes in a run
+TEMPORARY = re.compile(
+    r"\..+\.(?:json|jsonl|safetensors|html|png|csv)\.[a-z0-9_]{8}"
+)  # what write_atomic makes in a run
 _DIGEST = re.compile(rb'sha256\\":\\"([0-9a-f]{64})\\"')
 
 
