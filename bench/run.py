@@ -79,7 +79,11 @@ def run(
     report = _ext.env_report()
     result = {"device": device_name(device), "versions": report["versions"], "rows": [], "failures": []}
     start = time.monotonic()
-    with timing.pinned(device) as core, torch.random.fork_rng(devices=[0] if device == "cuda" else []):
+    with (
+        timing.pinned(device) as core,
+        timing.exact_float32(),
+        torch.random.fork_rng(devices=[0] if device == "cuda" else []),
+    ):
         result["ceilings"] = timing.ceilings(device)
         common = {
             "device": result["device"],

@@ -60,6 +60,18 @@ def pinned(device: str = "cpu") -> Iterator[int | None]:
 
 
 @contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """No TF32, which convolutions use on a GPU by default: float32 is compared with float32."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before
+
+
+@contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
     """SPARSELOTTERY_BACKEND=name within the block; None: the package chooses by measurement."""
     before = os.environ.pop("SPARSELOTTERY_BACKEND", None)

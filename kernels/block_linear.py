@@ -233,6 +233,7 @@ def _product(source, weight, index, bias):
     target = torch.empty(rows, outputs, dtype=source.dtype, device=source.device)
     if target.numel() == 0:
         return target
+    bias = None if bias is None else bias.contiguous()  # its kernel knows no stride
     options, config = _options(source), _config(source.dtype, rows, strip)
     config = _fitting(config, source, (config["BM"] + config["BO"]) * config["BI"], 2)
     with torch.cuda.device_of(source):
@@ -259,7 +260,7 @@ def backward_weight(grad, x, words, index):
     dweight = torch.zeros(grad.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
     if len(owners) == 0 or grad.shape[0] == 0:
         return dweight
-    options, config = _options(x), _weight_config(x.dtype, strip)
+    options, config, words = _options(x), _weight_config(x.dtype, strip), words.contiguous()
     config = _fitting(config, x, (config["BO"] + config["BI"]) * config["BM"], 0)
     with torch.cuda.device_of(x):
         weight_product[(len(owners),)](

@@ -133,6 +133,7 @@ def matmul(a, b, shape, inner, bias=None):
 
 def forward(x, weight, bias=None):
     """y `[rows, out]` = x `[rows, in]` weightᵀ + bias, weight `[out, in]`."""
+    bias = None if bias is None else bias.contiguous()  # the kernel knows no stride of it
     return matmul(parts(x), parts(weight), (x.shape[0], weight.shape[0]), x.shape[1], bias)
 
 

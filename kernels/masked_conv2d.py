@@ -368,6 +368,7 @@ def forward(x, weight, words, bias, stride, padding, dilation, groups, *, premas
         lambda: _best(lambda *size: _forward_lists(words, weight.shape, padding, dilation, groups, *size), sizes),
     )
     packed = _pack(weight, words, not premasked)
+    bias = None if bias is None else bias.contiguous()  # the kernel knows no stride of it
     return _gather(x, packed, lists, bias, y, groups, kernel_h * kernel_w, stride, False, size)
 
 

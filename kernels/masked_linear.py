@@ -212,6 +212,10 @@ def _product(source, weight, words, bias, features, transposed):
     flat = _rows(target)
     across = (config["BI"], config["BO"]) if transposed else (config["BO"], config["BI"])
     counts, lists = _live_blocks(words, *across, transposed)
+    words, bias = (
+        words.contiguous(),
+        None if bias is None else bias.contiguous(),
+    )  # the kernel knows no strides of theirs
     with torch.cuda.device_of(source):
         product[(triton.cdiv(rows.shape[0], config["BM"]), triton.cdiv(features, config["BO"]))](
             rows, weight, words, counts, lists, bias, flat, rows.shape[0], features, inputs, lists.shape[1],
@@ -237,7 +241,7 @@ def backward_weight(grad, x, words):
     dweight = torch.empty(grad.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
     if dweight.numel() == 0:
         return dweight
-    options, config = _options(x), _weight_config(x.dtype)
+    options, config, words = _options(x), _weight_config(x.dtype), words.contiguous()
     with torch.cuda.device_of(x):
         weight_product[(triton.cdiv(grad.shape[1], config["BO"]), triton.cdiv(x.shape[1], config["BI"]))](
             grad, x, words, dweight, grad.shape[0], *dweight.shape, *grad.stride(), *x.stride(), words.stride(0),

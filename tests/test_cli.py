@@ -58,6 +58,19 @@ def test_the_same_command_resumes_and_gives_the_same(finished, capsys):
     assert again["levels"] == result["levels"] and again["ticket"] == result["ticket"]
 
 
+def test_replicas_train_the_same_networks_at_once(finished, tmp_path, capsys):
+    result, _, _ = finished
+    options = [*TINY[: TINY.index("--workers")], "--replicas", "4", "--no-speed", "--no-report"]
+    status, text, _ = run(capsys, "imp", *options, "--out", tmp_path, "--json")
+    together = json.loads(text.splitlines()[-1])
+    assert status == 0 and "replicas" in (tmp_path / os.path.basename(together["run"]) / "config.json").read_text()
+    for ours, theirs in zip(together["levels"], result["levels"], strict=True):
+        for kind in ("ticket", "reinit"):
+            if kind in theirs:
+                losses = [level[kind]["validation_loss"]["values"] for level in (ours, theirs)]
+                assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_the_table_is_for_people(finished, capsys):
     _, out, _ = finished
     status, text, _ = run(capsys, "imp", *TINY, "--out", out, "--no-speed", "--no-report")
@@ -96,6 +109,9 @@ def test_one_shot(tmp_path, capsys):
         (["reproduce", "lenet", "--scale", "smoke"], "data"),
         (["reproduce", "mona-lisa"], "mona-lisa"),
         (["imp", "--workers", "0"], "workers"),
+        (["imp", "--replicas", "0"], "replicas"),
+        (["imp", "--replicas", "2", "--workers", "2"], "replicas: expected 1 with 2 workers"),
+        (["imp", "--replicas", "2", "--model", "conv-2", "--dropout", "0.5"], "replicas: "),
         (["imp", "--lr", "nan"], "lr"),
         (["imp", "--scope", "global", "--output-factor", "0.3"], "output_factor"),
         (["imp", "--scope", "global", "--conv-factor", "0.5"], "conv_factor"),

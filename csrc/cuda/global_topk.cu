@@ -36,6 +36,7 @@ constexpr int64_t kChunks = 4096;  // ties are counted in at most so many pieces
 #endif
 constexpr int64_t kSampleAbove = SL_SAMPLE_ABOVE;  // shorter lists go to the pool whole
 constexpr int64_t kMaxSample = int64_t{1} << 20;
+constexpr int64_t kBeside = 1 << 14;  // bytes of the results and scalars that a caller allocates, rounded up generously
 constexpr double kSigmas = 4.5;
 
 // Kernel parameters hold 4 KiB: the table travels in them, since a copy from the host's memory could not be captured.
@@ -397,18 +398,22 @@ Plan make_plan(const TopkTensor* tensors, int64_t count) {
     plan.grain = std::min(plan.grain, tensor.dtype == DType::kBFloat16 ? 16 : tensor.dtype == DType::kFloat16 ? 13 : 0);
   }
   if (plan.wide) plan.grain = 0;
-  if (plan.weights > kSampleAbove) plan.samples = std::clamp(plan.weights / 64, kSampleAbove / 4, kMaxSample);
-  // The pool may take 2 % of the weights' bytes. A bracket is at most 0.9 % of the weights wide beyond 2^24 of them.
-  plan.capacity = std::max(std::min(plan.weights, kSampleAbove), plan.bytes / (50 * int64_t{sizeof(u64)}));
   plan.chunks = std::clamp<int64_t>(plan.tiles, 1, kChunks);
   while (plan.tiles * kTile >> plan.position_bits != 0) ++plan.position_bits;
   plan.at_histograms = aligned(sizeof(State));
   plan.at_entries = plan.at_histograms + aligned(2 * kBins * sizeof(u64));
   plan.at_ties = plan.at_entries + aligned(count * static_cast<int64_t>(sizeof(Entry)));
   plan.at_pool = plan.at_ties + aligned(plan.chunks * static_cast<int64_t>(sizeof(u64)));
-  // The sample lies where the pool will be: it is no longer needed then.
-  const int64_t sample_bytes = plan.samples * (plan.wide ? 8 : 4);
-  plan.total = plan.at_pool + aligned(std::max(sample_bytes, plan.capacity * static_cast<int64_t>(sizeof(u64))));
+  // All of the scratch may take 2 % of the weights' bytes, some of it for what the caller allocates beside. The sample
+  // lies where the pool will be: it is no longer needed then. A bracket is at most 0.9 % of the weights wide beyond
+  // 2^24 of them.
+  const int64_t room = std::max<int64_t>(plan.bytes / 50 - plan.at_pool - kBeside, 0), key = plan.wide ? 8 : 4;
+  if (plan.weights > kSampleAbove) {
+    const int64_t most = std::clamp(room / key, kSampleAbove / 4, kMaxSample);
+    plan.samples = std::clamp(plan.weights / 64, kSampleAbove / 4, most);
+  }
+  plan.capacity = std::max(std::min(plan.weights, kSampleAbove), room / int64_t{sizeof(u64)});
+  plan.total = plan.at_pool + aligned(std::max(plan.samples * key, plan.capacity * static_cast<int64_t>(sizeof(u64))));
   return plan;
 }
 

@@ -1,12 +1,18 @@
 """What `imp` and `one-shot` share."""
 
-from .common import Progress, add_fields, given_fields, note, run_arguments, say
+from .common import Progress, add_fields, count, given_fields, note, run_arguments, say
 
 
 def driver_arguments(parser, hparams: type) -> None:
     """An option for every hyperparameter, and those that every run has."""
     add_fields(parser, hparams)
     run_arguments(parser)
+    parser.add_argument(
+        "--replicas",
+        type=count,
+        metavar="N",
+        help="train so many networks of a level at once, as a batch axis in one process (default: 1 on a CPU)",
+    )
     parser.add_argument("--no-speed", action="store_true", help="leave out the measurement of speed at the end")
     parser.add_argument("--no-report", action="store_true", help="leave out report.html and its figures")
 
@@ -14,7 +20,8 @@ def driver_arguments(parser, hparams: type) -> None:
 def run_driver(arguments, hparams: type, run) -> tuple[int, dict]:
     """Do a run, or go on with it, and tell of it."""
     chosen = hparams(**given_fields(arguments, hparams))
-    result = run(chosen, arguments.out, data_root=arguments.data_root, workers=arguments.workers, progress=Progress())
+    options = {name: getattr(arguments, name) for name in ("data_root", "workers", "replicas")}
+    result = run(chosen, arguments.out, **options, progress=Progress())
     return 0, _conclude(arguments, result, chosen)
 
 

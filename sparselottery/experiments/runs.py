@@ -64,6 +64,13 @@ class Fit:
         steps = {"budget": budget, "snapshot_at": snapshot_at, "start_at": start_at}
         return self.trainer(model, seed=seed, **steps, penalty=penalty, on_epoch=on_epoch, schedule=schedule)
 
+    def fit_many(self, models, *, seeds, budget=None, snapshot_at=None, start_at=0) -> list[History]:
+        steps = {"budget": budget, "snapshot_at": snapshot_at, "start_at": start_at}
+        return self.trainer.fit_many(models, seeds=seeds, **steps)
+
+    def why_not_many(self, model) -> str | None:
+        return self.trainer.why_not_many(model)
+
     def epochs(self, budget=None) -> int:
         return self.trainer.epochs(budget)
 
@@ -99,15 +106,17 @@ def run_imp(
     *,
     data_root: str | os.PathLike | None = None,
     workers: int | None = None,
+    replicas: int | None = None,
     progress: Callable[[dict], None] | None = None,
 ) -> Result:
     """Iterative magnitude pruning as `hparams` say, in its folder under `out`; called again it goes on, or returns what is there.
 
     Args:
-        workers: processes, one CPU thread each (the results do not depend on it); None is one per core.
-        progress: see `sl.imp`.
+        workers: processes, one CPU thread each (the results do not depend on it); None is one per core,
+            with replicas one.
+        replicas, progress: see `sl.imp`.
     """
-    return _run(imp, "imp", hparams, out, data_root, workers, progress, **hparams.pace())
+    return _run(imp, "imp", hparams, out, data_root, workers, replicas, progress, **hparams.pace())
 
 
 def run_one_shot(
@@ -116,6 +125,7 @@ def run_one_shot(
     *,
     data_root: str | os.PathLike | None = None,
     workers: int | None = None,
+    replicas: int | None = None,
     progress: Callable[[dict], None] | None = None,
 ) -> Result:
     """One-shot pruning; the arguments are those of `run_imp`."""
@@ -126,14 +136,17 @@ def run_one_shot(
         out,
         data_root,
         workers,
+        replicas,
         progress,
         density=hparams.densities,
         schedule=hparams.schedule,
     )
 
 
-def _run(driver, title, hparams, out, data_root, workers, progress, **pace) -> Result:
+def _run(driver, title, hparams, out, data_root, workers, replicas, progress, **pace) -> Result:
     fit = Fit(hparams, data_root)
+    if workers is None:  # replicas share one process
+        workers = 1 if (replicas or 1) > 1 else cores()
     return driver(
         fit.make_model(),
         fit,
@@ -147,7 +160,8 @@ def _run(driver, title, hparams, out, data_root, workers, progress, **pace) -> R
         scope=hparams.scope,
         rates=hparams.rates(),
         out=Path(out) / name(title, hparams),
-        workers=cores() if workers is None else workers,
+        workers=workers,
+        replicas=replicas,
         threads=1,
         progress=progress,
         config={"hparams": asdict(hparams)},

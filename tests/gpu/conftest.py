@@ -1,6 +1,16 @@
-"""Runs a part of the tests, so that several processes can share them: `pytest tests/gpu --shard 2/8`."""
+"""float32 is float32 in all of these tests; and a part of them can be run, so that several processes share them:
+`pytest tests/gpu --shard 2/8`."""
 
 import pytest
+
+from sparselottery.bench import timing
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """Convolutions use TF32 on a GPU unless told not to, which is right to three digits only."""
+    with timing.exact_float32():
+        yield
 
 
 def pytest_addoption(parser):

@@ -134,6 +134,44 @@ def test_topk_in_a_cuda_graph():
         assert all(torch.equal(w.cpu(), reference.bitmask_pack(m)) for w, m in zip(words, want, strict=True))
 
 
+@needs_cuda_build
+def test_topk_a_thousand_replays_are_bit_equal_to_eager():
+    tensors = [normal(1000, 1000), normal(77)]
+    global_topk.select(tensors, 200_000)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chosen = global_topk.select(tensors, 200_000)
+    for replay in range(1000):
+        if replay % 250 == 0:
+            tensors[0].copy_(normal(1000, 1000, seed=replay))
+            wanted = global_topk.select(tensors, 200_000)
+            for mask in chosen.masks:
+                mask.words.fill_(-1)
+        graph.replay()
+        assert chosen.threshold == wanted.threshold
+        assert all(torch.equal(a.words, b.words) for a, b in zip(chosen.masks, wanted.masks, strict=True)), replay
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("values", ["normal", "all equal"])
+def test_topk_takes_two_percent_of_memory_beside_the_masks(dtype, values):
+    """Of the weights' bytes, at 1e8 of them, as the allocator saw it; the words of the mask are the result."""
+    count = 100_000_000
+    if torch.cuda.mem_get_info()[0] < 3 * count * dtype.itemsize:
+        pytest.skip("needs 1.2 GB of free GPU memory")
+    weights = torch.full((count,), 0.5, dtype=dtype, device="cuda")
+    if values == "normal":
+        weights.normal_()
+    global_topk.global_topk([weights[:1000]], 10)  # whatever the first call keeps
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    (mask,), _ = global_topk.global_topk([weights], count // 5)
+    extra = torch.cuda.max_memory_allocated() - before - mask.words.numel() * 4
+    assert extra <= 0.02 * count * dtype.itemsize
+
+
 def test_topk_on_another_stream(backend):
     tensors = [torch.zeros(1_000_000, device="cuda")]
     fresh = normal(1_000_000)

@@ -70,8 +70,7 @@ def test_without_kernels_plain_torch_does_it():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_layers_against_float64(kind, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_layers_against_float64(kind, dtype, tolerance):
     layer = nn.Linear(130, 70) if kind == "linear" else nn.Conv2d(16, 24, 3, padding=1)
     layer = layer.to("cuda", dtype)
     sl.prune(layer, density=0.2)
