@@ -276,6 +276,32 @@ def test_exclude_and_keywords():
     assert list(sl.mutual_information(Keywords(), batches, exclude="b")) == ["a"]
 
 
+def test_transformers_and_bfloat16():
+    """Names of every projection; a layer that sees examples and tokens as one axis is told apart."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, num_labels=3
+    )
+    model = transformers.BertForSequenceClassification(config)
+    ids = torch.randint(20, (60, 7), generator=torch.Generator().manual_seed(0))
+    batches = [({"input_ids": part}, part[:, 0] % 3) for part in ids.split(20)]
+    found = sl.mutual_information(model.to(torch.bfloat16), batches)
+    assert len(found["bert.encoder.layer.0.intermediate.dense"]) == 12 and len(found["classifier"]) == 3
+    assert all(bits.dtype == torch.float64 and bits.isfinite().all() for bits in found.values())
+
+    class Merged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.layer(x.flatten(0, 1))
+
+    x, y = probe()
+    with pytest.raises(ValueError, match="layer: expected activations of 256 examples, got 1536; exclude='layer'"):
+        sl.mutual_information(Merged(), x[:, 0], y)
+
+
 # ---- mistakes ----
 
 

@@ -208,7 +208,9 @@ def _recorder(model, chosen: Mapping[str, nn.Module], pool: str):
                 continue
             values = calls[name][0] if len(calls[name]) == 1 else torch.stack(calls[name]).mean(0)
             if len(values) != count:
-                raise ValueError(f"{name}: expected activations of {count} examples, got {len(values)}")
+                raise ValueError(
+                    f"{name}: expected activations of {count} examples, got {len(values)}; exclude={name!r} leaves it out"
+                )
             if not bool(values.isfinite().all()):
                 what = "NaN" if bool(values.isnan().any()) else "infinity"
                 raise ValueError(f"{name or 'model'}: activations hold {what} on the probe set")
@@ -258,17 +260,24 @@ class _Drawn:
         return self.seen <= self.size
 
     def add(self, activations: Mapping[str, Tensor], count: int) -> None:
-        keys = torch.cat([self.keys, torch.rand(count, generator=self.generator)])
-        order = torch.cat([self.order, torch.arange(self.seen, self.seen + count)])
+        """The next `count` examples: fill up, then take the places of those with larger keys."""
+        keys = torch.rand(count, generator=self.generator)
+        order = torch.arange(self.seen, self.seen + count)
         self.seen += count
-        best = keys.topk(min(self.size, len(keys)), largest=False).indices.sort().values
-        held = best[best < len(self.keys)]
-        fresh = best[best >= len(self.keys)] - len(self.keys)
-        for name, values in activations.items():
-            new = values[fresh.to(values.device)]
-            old = self.values.get(name)
-            self.values[name] = new if old is None else torch.cat([old[held.to(old.device)], new])
-        self.keys, self.order = keys[best], order[best]
+        free = min(count, self.size - len(self.keys))
+        if free:
+            self.keys, self.order = torch.cat([self.keys, keys[:free]]), torch.cat([self.order, order[:free]])
+            for name, values in activations.items():
+                held = [self.values[name]] if name in self.values else []
+                self.values[name] = torch.cat([*held, values[:free]])
+        if free < count:
+            best = torch.cat([self.keys, keys[free:]]).topk(self.size, largest=False).indices
+            stays = torch.zeros(self.size + count - free, dtype=torch.bool)
+            stays[best] = True
+            places, chosen = (~stays[: self.size]).nonzero()[:, 0], stays[self.size :].nonzero()[:, 0] + free
+            self.keys[places], self.order[places] = keys[chosen], order[chosen]
+            for name, values in activations.items():
+                self.values[name][places.to(values.device)] = values[chosen.to(values.device)]
 
 
 def _draw(probe, activations, size: int) -> tuple[_Drawn, Tensor]:
