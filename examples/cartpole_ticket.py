@@ -1,7 +1,7 @@
 """A lottery ticket in reinforcement learning: REINFORCE on CartPole.
 
     pip install gymnasium
-    python examples/cartpole_ticket.py --rounds 5 --episodes 250 --seeds 3
+    python examples/cartpole_ticket.py --rounds 3 --episodes 200 --seeds 2
 
 The policy learns from its own episodes, so there is no data set and no accuracy: `fit` says how good the policy is as the mean
 return of its last episodes over the largest possible one. `sl.imp` does not mind.
@@ -9,6 +9,7 @@ return of its last episodes over the largest possible one. `sl.imp` does not min
 
 import argparse
 import functools
+import sys
 
 import gymnasium
 import torch
@@ -34,7 +35,7 @@ def episode(environment, policy, seed):
     return torch.stack(taken), len(taken)
 
 
-def fit(policy, *, seed, budget, longest=500, lr=1e-2):
+def fit(policy, *, seed, budget, longest=200, lr=3e-3):
     """REINFORCE with normalized returns for `budget` episodes (Williams 1992, Machine Learning 8:229)."""
     environment = gymnasium.make("CartPole-v1", max_episode_steps=longest)
     optimizer = sl.optim.Adam(policy.parameters(), lr=lr)
@@ -59,11 +60,11 @@ def fit(policy, *, seed, budget, longest=500, lr=1e-2):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rate", type=float, default=0.3)
-    parser.add_argument("--episodes", type=int, default=250)
-    parser.add_argument("--longest", type=int, default=500, help="steps of an episode, at most")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=0.4)
+    parser.add_argument("--episodes", type=int, default=200)
+    parser.add_argument("--longest", type=int, default=200, help="steps of an episode, at most")
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", default="cartpole.safetensors")
     arguments = parser.parse_args()
 
@@ -75,6 +76,7 @@ def main():
         seeds=arguments.seeds,
         budget=arguments.episodes,
         controls=("random-mask",),
+        progress=lambda event: print(f"{event['done']} of {event['total']} trainings", file=sys.stderr),
     )
     for level in result.levels:
         for kind in ("ticket", "random-mask"):

@@ -10,7 +10,7 @@ seed, and trained for the whole budget with the same batches:
     magnitude           after the whole budget, by size at once
     random              without training
 
-The size of a neuron is the root mean square of its incoming weights.
+The size of a neuron is the L2 norm of its incoming weights.
 """
 
 import functools

@@ -116,13 +116,13 @@ def _prune(model, scores, density, scope, optimizer) -> NeuronReport:
 def magnitudes(model: nn.Module) -> dict[str, Tensor]:
     """The L2 norm of each unit's incoming weights, float64 `[units]` on the CPU, of every layer that can be masked.
 
-    Divided by the root of the inputs, so that units of wide and narrow layers compare.
+    Usual initializations give units of wide and narrow layers about the same norm, so that they compare.
     """
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) or structures.is_transposed_linear(layer):
             matrix = structures.as_matrix(layer, layer.weight.detach()).double().cpu()
-            found[name] = matrix.square().mean(1).sqrt()
+            found[name] = matrix.norm(dim=1)
     return found
 
 
