@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from sparselottery import report
+from sparselottery import analysis, report
+from sparselottery.analysis import stability
 
 
 def statistic(mean, ci95=0.01):
@@ -46,7 +47,7 @@ def folder(tmp_path):
 def test_the_page_stands_alone(folder):
     path = report.write_report(folder)
     page = path.read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page), "a self-contained page refers to nothing outside"
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "a self-contained page refers to nothing outside"
     assert page.count("data:image/png;base64,") == 3
     assert 'name="viewport"' in page, "readable on a phone"
     for words in (
@@ -127,3 +128,98 @@ def test_the_command_spells_out_what_is_empty_and_breaks_no_word():
     words = shlex.split(report.command_of({"driver": "imp", "hparams": hparams}).replace("\\\n", ""))
     assert words[2:4] == ["--controls", ""]
     assert words[words.index("--control-levels") + 1] == ",".join(map(str, levels))
+
+
+# ---- analyses, and runs of other commands ----
+
+
+def barrier_numbers():
+    line = {
+        "at": [0, 0.5, 1],
+        "loss": [0.1, 0.2, 0.1],
+        "error": [0.1, 0.3, 0.1],
+        "barrier_error": 0.2,
+        "barrier_loss": 0.1,
+    }
+    about = {"density": 0.25, "level": 2, "seeds": [0], "rewind": "init"}
+    return stability.numbers({"dense": [line], "ticket": [line]}, [], about)
+
+
+def test_analyses_are_shown_with_their_command_and_table(folder):
+    command = "sparselottery analyze runs/x stability --level 2"
+    analysis.save(folder, "stability", barrier_numbers(), command)
+    page = report.write_report(folder).read_text()
+    assert page.count("data:image/png;base64,") == 4 and command in page
+    assert "Error barrier between two children" in page and "barrier in loss" in page
+    assert (folder / "analysis" / "barrier.png").read_bytes().startswith(b"\x89PNG")
+    assert report.write_report(folder).read_text() == page, "the same run gives the same page"
+
+
+def test_an_analysis_of_a_later_version_is_named(folder):
+    analysis.save(folder, "stability", barrier_numbers(), "x")
+    text = (folder / "analysis" / "stability.json").read_text().replace('"stability"', '"telepathy"')
+    (folder / "analysis" / "telepathy.json").write_text(text)
+    page = report.write_report(folder).read_text()
+    assert "analysis/telepathy.json is not known to this version" in page and "Error barrier" in page
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"analysis": "stability", "command": "x", "numbers": {}}', '{"analysis": "landscape"}']
+)
+def test_a_damaged_analysis_is_named(folder, text):
+    (folder / "analysis").mkdir()
+    (folder / "analysis" / "stability.json").write_text(text)
+    with pytest.raises(ValueError, match=r"analysis/stability\.json: expected the numbers"):
+        report.write_report(folder)
+
+
+def test_analyses_alone_make_a_report(folder):
+    analysis.save(folder, "stability", barrier_numbers(), "x")
+    (folder / "result.json").unlink()
+    assert report.write_report(folder).read_text().count("data:image/png;base64,") == 1
+
+
+def test_a_result_of_another_command_is_a_table(folder):
+    result = {
+        "run": "x",
+        "drawn_epoch": {"mean": 4.0, "ci95": None, "values": [4]},
+        "epochs": 20,
+        "distances": [[0.0, 0.5], [0.5, 0.0]],
+        "test_accuracy": statistic(0.95),
+        "cost": {"search": {"seconds": 1.5}, "dense": None, "metered": False},
+        "methods": {"random": {"test_accuracy": statistic(0.9), "density": 0.25}},
+        "not_measured": {"mean": None, "ci95": None, "values": []},
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "config.json").write_text(
+        json.dumps({"driver": "early-bird", "hparams": {"data": "digits", "model": "m"}})
+    )
+    page = report.write_report(folder).read_text()
+    assert "<h1>early-bird: m on digits</h1>" in page and "drawn after epoch 4 of 20" in page
+    cells = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", page))
+    assert cells == {
+        "drawn epoch": "4.00",
+        "epochs": "20",
+        "test accuracy, %": "95.00 ± 1.00",
+        "cost / search / seconds": "1.5",
+        "cost / metered": "no",
+        "methods / random / test accuracy, %": "90.00 ± 1.00",
+        "methods / random / density, %": "25.00",
+    }
+    (folder / "result.json").write_text(json.dumps({**result, "drawn_epoch": None}))
+    assert "No ticket was drawn." in report.write_report(folder).read_text()
+    (folder / "result.json").write_text(json.dumps({**result, "verdict": "It is <b>fine</b>."}))
+    assert "It is &lt;b&gt;fine&lt;/b&gt;." in report.write_report(folder).read_text()
+
+
+def test_a_result_that_is_no_object_is_named(folder):
+    (folder / "result.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"result\.json: .*an object was expected"):
+        report.write_report(folder)
+
+
+def test_what_users_typed_is_escaped(folder):
+    config = {"driver": "imp", "hparams": {"data": "<script>alert(1)</script>", "quick": True, "slow": False}}
+    (folder / "config.json").write_text(json.dumps(config))
+    page = report.write_report(folder).read_text()
+    assert "<script" not in page and "--quick --no-slow" in page

@@ -256,7 +256,7 @@ def _sheet(numbers) -> Figure:
     rows = [list(map(str, row)) for row in zip(*columns, strict=True)][:MOST_ROWS]
     if shown and shown["pixels"]:
         png = render(
-            lambda canvas: _images(canvas, shown, exemplars), (WIDTH, 0.2 + 1.25 * math.ceil(len(shown["pixels"]) / 6))
+            lambda canvas: _images(canvas, shown, exemplars), (WIDTH, 0.1 + 1.15 * math.ceil(len(shown["pixels"]) / 6))
         )
         if len(shown["pixels"]) < exemplars["count"]:
             caption += (

@@ -208,7 +208,7 @@ def figures(numbers: Mapping) -> list[Figure]:
     sheet = _sheet(axis, {heading[name]: losses[name] for name in names})
     return [
         Figure("landscape_surface", "Loss landscape", how, render(surfaces, (WIDTH, 2.9)), header, rows),
-        Figure("landscape_contours", "Loss landscape, contours", how, render(contours, (WIDTH, 3.7)), *sheet),
+        Figure("landscape_contours", "Loss landscape, contours", how, render(contours, (WIDTH, 3.35)), *sheet),
         Figure(
             "landscape_profile",
             "How fast the loss rises",

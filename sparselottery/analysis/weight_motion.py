@@ -34,6 +34,7 @@ GROUPS = ("winning", "other")
 MEASURES = ("moved", "outward")
 ALL = "all layers"
 MOST_PANELS = 12  # layers drawn one by one
+BEYOND = " The outermost bins hold what lies beyond."
 
 
 def weight_motion(
@@ -228,8 +229,8 @@ def figures(numbers: Mapping) -> list[Figure]:
             canvas.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
             canvas.supxlabel(f"{label} (height: share of the group)", fontsize=9)
 
-        png = render(draw, (WIDTH, 0.8 + 1.55 * math.ceil(len(names) / 2)))
-        found.append(Figure(f"weight_{measure}", title, caption + over + rest, png, *_table(layers, measure)))
+        png = render(draw, (WIDTH, 0.8 + 1.5 * math.ceil(len(names) / 2)))
+        found.append(Figure(f"weight_{measure}", title, caption + over + BEYOND + rest, png, *_table(layers, measure)))
     return found
 
 

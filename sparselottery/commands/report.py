@@ -15,5 +15,5 @@ def run(arguments):
 
     path = write_report(arguments.folder)
     say(arguments, f"report: {path}")
-    figures = sorted(str(p) for p in arguments.folder.glob("*.png"))
+    figures = sorted(str(p) for place in (".", "analysis") for p in (arguments.folder / place).glob("*.png"))
     return 0, {"run": str(arguments.folder), "report": str(path), "figures": figures}

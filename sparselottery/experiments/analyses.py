@@ -188,7 +188,7 @@ class _ClassDamage(_Runner):
         return [Network(seed, level) for seed in self.run.seeds for level in (0, self.level)]
 
     def numbers(self, about, tell):
-        x, y = self.run.fit.dataset.test
+        x, y = self.run.fit.trainer.data["test"]
         found = []
         for level in (0, self.level):
             outputs = [probabilities(self.run.load(Network(seed, level)), x) for seed in self.run.seeds]
@@ -245,7 +245,7 @@ class _Stability(_Runner):
         return [Network(seed, level, child) for seed in self.run.seeds for level in (0, self.level) for child in (1, 2)]
 
     def numbers(self, about, tell):
-        x, y = self.run.fit.dataset.test
+        x, y = self.run.fit.trainer.data["test"]
         inputs = self.run.fit.trainer.data["train"][0]
         lines: dict = {"dense": [], "ticket": []}
         for name, level in (("dense", 0), ("ticket", self.level)):

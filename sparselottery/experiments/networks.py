@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from .. import analysis
@@ -22,7 +21,7 @@ from ..nn.convert import sparsify
 from ..ops import dispatch
 from ..tickets.controls import derived_seed
 from ..tickets.driver import seeded
-from ..tickets.pool import Pool
+from ..tickets.pool import run_all
 from ..tickets.store import Job, Store, to_json
 from ..tickets.ticket import Ticket, TicketError, write_atomic
 from ..training.history import parse_step
@@ -152,27 +151,10 @@ class Networks:
         """
         todo = self.missing(wanted)
         self.path(Network(0, 0)).parent.mkdir(parents=True, exist_ok=True)
-        done, total = 0, len(todo)
-        if min(workers, total) > 1:
-            with Pool(min(workers, total), _train, (self.run, self.fit.data_root)) as pool:
-                while todo or pool.busy:
-                    while pool.idle and todo:
-                        pool.submit(todo.pop(0))
-                    for _ in pool.finished():
-                        done += 1
-                        if progress is not None:
-                            progress(done, total)
-            return
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for network in todo:
-                self._train(network)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-        finally:
-            torch.set_num_threads(before)
+        total, done = len(todo), set()
+        for _ in run_all(todo, lambda network: None, done, _train, (self.run, self.fit.data_root), workers, threads=1):
+            if progress is not None:
+                progress(len(done), total)
 
     def load(self, network: Network) -> nn.Module:
         """A trained network, in evaluation mode.
