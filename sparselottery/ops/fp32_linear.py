@@ -3,6 +3,7 @@
 Every factor is taken apart into three bfloat16 numbers (kernels/fp32_linear.py, reference.bf16x6_matmul). Against float64 the
 error is no larger than that of a float32 product (tests/test_fp32_linear.py), but results are not those of the float32
 library bit for bit, and where x, weight or dY holds inf, what depends on it is NaN. So nobody gets it who did not ask.
+Convolutions never use it: they have cuDNN's float32, or its TF32 where torch allows that.
 """
 
 import os
@@ -21,7 +22,7 @@ _allowed = os.environ.get("SPARSELOTTERY_FP32_EMULATION", "") not in ("", "0")
 def allow_fp32_emulation(allowed: bool = True) -> None:
     """Let masked linear layers of float32 on a GPU use bfloat16 tensor cores where that is measured faster, or stop it.
 
-    Products keep float32's accuracy (error against float64 no larger than a float32 product's), but not its bits: off by default.
+    Convolutions stay as they are. Products keep float32's accuracy (error against float64 no larger than a float32 product's), but not its bits: off by default.
     The environment variable SPARSELOTTERY_FP32_EMULATION=1 sets it at the start. Holds for the process. Nothing changes where
     torch may use TF32 (torch.backends.cuda.matmul.allow_tf32), which is faster and less accurate, and on a CPU.
 
