@@ -22,9 +22,9 @@ _allowed = os.environ.get("SPARSELOTTERY_FP32_EMULATION", "") not in ("", "0")
 def allow_fp32_emulation(allowed: bool = True) -> None:
     """Let masked linear layers of float32 on a GPU use bfloat16 tensor cores where that is measured faster, or stop it.
 
-    Convolutions stay as they are. Products keep float32's accuracy (error against float64 no larger than a float32 product's), but not its bits: off by default.
+    Products keep float32's accuracy (error against float64 no larger than a float32 product's), but not its bits: off by default.
     The environment variable SPARSELOTTERY_FP32_EMULATION=1 sets it at the start. Holds for the process. Nothing changes where
-    torch may use TF32 (torch.backends.cuda.matmul.allow_tf32), which is faster and less accurate, and on a CPU.
+    torch may use TF32 (torch.backends.cuda.matmul.allow_tf32), which is faster and less accurate, on a CPU, or for convolutions.
 
     Raises:
         TypeError: `allowed` is not a bool.
