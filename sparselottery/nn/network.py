@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _ext
 from ..ops import bitmask
+from ..ops.masked_linear_index import Memory
 from ..ops.masked_optim import increment_version
 from .conv import MaskedConv2d
 from .dead_units import DROPOUTS, has_hook
@@ -257,6 +258,7 @@ class Compiled:
         network: the `CpuNetwork`.
         output: the shape of an example that comes out.
         places: (layer, 0 for weight or 1 for bias) of each parameter.
+        memory: for the gradient of each.
 
     Raises:
         ValueError: C++ refuses the layers, or they do not fit together.
@@ -271,6 +273,9 @@ class Compiled:
             for k, name in enumerate(("weight", "bias"))
             if module._parameters.get(name) is not None
         ]
+        self.memory = [
+            Memory() for _ in self.places
+        ]  # for gradients: fresh pages cost as much as a sparse backward pass
         self._make()
 
     def _make(self):

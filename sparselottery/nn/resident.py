@@ -227,7 +227,7 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, run, compiled, *parameters):
         y, ctx.tape = _forward(x, compiled, tape=True)
-        ctx.run, ctx.network, ctx.places = run, compiled.network, compiled.places
+        ctx.run, ctx.network, ctx.places, ctx.memory = run, compiled.network, compiled.places, compiled.memory
         ctx.save_for_backward(x, *parameters)
         return y
 
@@ -239,9 +239,9 @@ class _Apply(torch.autograd.Function):
             dx, *gradients = _differentiable_backward(ctx.run, grad, [x, *parameters], wanted)
             return dx, None, None, *gradients
         grad = grad.contiguous()
-        dx, *gradients = (
-            t.new_empty(t.shape) if asked else None for t, asked in zip((x, *parameters), wanted, strict=True)
-        )
+        dx = grad.new_empty(x.shape) if wanted[0] else None
+        lenders = zip(ctx.memory, parameters, wanted[1:], strict=True)
+        gradients = [memory.lend(p.shape, ctx.network)[0] if asked else None for memory, p, asked in lenders]
         targets = [[0, 0, 0, 0] for _ in ctx.run.run.layers]
         for (layer, which), gradient in zip(ctx.places, gradients, strict=True):
             if gradient is not None:

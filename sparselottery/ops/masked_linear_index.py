@@ -1,5 +1,6 @@
 """What masked_linear's cpu backend keeps between calls: an index of the survivors per mask, and memory for dW."""
 
+import math
 import threading
 import weakref
 
@@ -63,13 +64,14 @@ class Memory:
 
     def lend(self, shape, plan):
         """A tensor, and whether it is still as `plan` left it."""
-        if shape[0] * shape[1] < self.SMALLEST or torch.is_inference_mode_enabled():
+        count = math.prod(shape)
+        if count < self.SMALLEST or torch.is_inference_mode_enabled():
             return torch.empty(shape, dtype=torch.float32, device="cpu"), False
         with self.lock:
             if self.base is None or self.lease() is not None:
-                raw = numpy.empty(shape[0] * shape[1] + 16, numpy.float32)
+                raw = numpy.empty(count + 16, numpy.float32)
                 start = -raw.ctypes.data // 4 % 16  # on a cache line
-                self.base = raw[start : start + shape[0] * shape[1]]
+                self.base = raw[start : start + count]
                 self.plan = None
             same = self.plan is plan and self.counter._version == self.version
             self.plan = None  # until it is written
