@@ -2,7 +2,8 @@
 
 import dataclasses
 
-OPS = ("topk", "linear", "conv", "step", "optim", "bitmask", "packed", "replicas")
+OPS = ("topk", "linear", "conv", "step", "optim", "bitmask", "packed", "replicas", "resident")
+CPU_ONLY = ("resident",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Case:
         op: one of OPS.
         sizes: what setups.py needs: linear (in, out); conv (cin, cout, kernel, height); topk and optim the lengths of
             the tensors; step the widths of the layers; bitmask and packed (what, rows, columns); replicas (how many,
-            steps, side of the images).
+            steps, side of the images); resident ("mlp", widths...) or ("conv", layers, channels, kernel, side).
         density: fraction of the weights that is kept.
         batch: rows or images per call; 0 where there is none.
         dtype: a torch dtype's name.
@@ -45,6 +46,10 @@ class Case:
             text = "MLP " + "-".join(map(str, self.sizes))
         elif self.op in ("bitmask", "packed"):
             text = "{} {}x{}".format(*self.sizes)
+        elif self.op == "resident" and self.sizes[0] == "mlp":
+            text = "MLP " + "-".join(map(str, self.sizes[1:]))
+        elif self.op == "resident":
+            text = "{0} conv {1}->{1} {2}x{2} on {3}x{3}".format(*self.sizes[1:])
         elif self.op == "replicas":
             text = "{0} LeNet-300-100, {1} steps, {2}x{2}".format(*self.sizes)
         else:
@@ -93,6 +98,14 @@ def cpu_cases() -> list[Case]:
     cases += [Case("optim", (4_000_000,) * 4, density) for density in (0.2, 0.1, 0.02)]
     cases.append(Case("replicas", (8, 50, 8), 0.2, 60))
     cases += [Case("replicas", (4, 10, 8), 0.2, 60, quick=True)]
+    lenet = ("mlp", 784, 300, 100, 10)
+    for density in (0.1, 0.05):
+        cases += [Case("resident", lenet, density, batch, direction="forward", quick=batch == 60) for batch in (60, 1)]
+    for density in (0.1, 0.02):
+        cases.append(Case("resident", lenet, density, 60, direction=BOTH, quick=density == 0.1))
+        cases.append(Case("resident", ("mlp", 1024, 1024), density, 128, direction=BOTH))
+        for layers, channels, side in [(1, 64, 32), (3, 64, 32), (1, 128, 16), (3, 128, 16)]:
+            cases.append(Case("resident", ("conv", layers, channels, 3, side), density, 60, direction=BOTH))
     for what in ("pack", "unpack", "count", "hamming", "apply"):
         cases.append(Case("bitmask", (what, 4096, 4096), 0.1, quick=True))
     for what in ("expand", "gather"):
@@ -190,6 +203,8 @@ def small_cases() -> list[Case]:
     ]
     cases += [Case("packed", (what, 6, 70), 0.3) for what in ("expand", "gather")]
     cases.append(Case("packed", ("layer", 6, 70), 0.3, 5, direction=BOTH))
+    cases += [Case("resident", ("conv", 2, 5, 3, 6), 0.3, 3, direction=d) for d in ("forward", BOTH)]
+    cases += [Case("resident", ("mlp", 20, 15, 10), 0.2, 6, direction=d) for d in ("forward", BOTH)]
     return cases + [Case("bitmask", (what, 6, 64), 0.3) for what in ("pack", "unpack", "count", "hamming", "apply")]
 
 

@@ -23,6 +23,7 @@ DENSE = {
     "bitmask": ("float mask", "bool mask", "torch"),
     "packed": ("dense", "masked_scatter", "dense[mask]"),
     "replicas": ("dense, one by one",),
+    "resident": ("dense",),
 }
 
 

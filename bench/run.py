@@ -1,6 +1,6 @@
 """Runs cases and writes one CSV.
 
-    python bench/run.py [topk linear conv step optim bitmask packed replicas] [--device cpu|cuda] [--full] [--repeats 2]
+    python bench/run.py [topk linear conv step optim bitmask packed replicas resident] [--device cpu|cuda] [--full] [--repeats 2]
         [--out FILE]
 
 On the CPU everything runs on one pinned thread. A row compares one backend of ours with one baseline, both timed in the

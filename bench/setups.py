@@ -8,6 +8,7 @@ from sparselottery.bench.setups_layers import conv, linear
 from sparselottery.bench.setups_masks import bitmask, topk
 from sparselottery.bench.setups_packed import packed
 from sparselottery.bench.setups_replicas import replicas
+from sparselottery.bench.setups_resident import resident
 from sparselottery.bench.setups_steps import optim, step
 
 SETUPS = {
@@ -19,4 +20,5 @@ SETUPS = {
     "bitmask": bitmask,
     "packed": packed,
     "replicas": replicas,
+    "resident": resident,
 }
