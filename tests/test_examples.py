@@ -83,7 +83,9 @@ def test_hf_trainer_callback(run, text, tmp_path):
 
 def test_cartpole_ticket(run):
     pytest.importorskip("gymnasium", reason="gymnasium is not installed")
-    printed, ticket = run("cartpole_ticket.py", "--rounds", 1, "--rate", 0.3, "--episodes", 5, "--longest", 30, "--seeds", 2)
+    printed, ticket = run(
+        "cartpole_ticket.py", "--rounds", 1, "--rate", 0.3, "--episodes", 5, "--longest", 30, "--seeds", 2
+    )
     assert ticket.total == 4 * 64 + 64 * 64 + 64 * 2 and ticket.density == pytest.approx(0.7, abs=0.01)
     returns = [float(mean) for mean in re.findall(r"mean return (\d+) ±", printed)]
     assert len(returns) == 3 and all(5 < mean <= 30 for mean in returns)

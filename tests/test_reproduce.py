@@ -89,6 +89,10 @@ def result_of(run):
     if isinstance(run, hparams.MutualInformation):
         method = {**figures, "cost": {"relative": {"mean": 2.0}}}
         return {"dense": figures, "methods": dict.fromkeys(run.methods, method)}
+    if isinstance(run, hparams.EarlyBird):
+        levels = [{"density": d, "ticket": figures} for d in (1.0, run.density)]
+        cost = {"ratio": {"imp / early-bird": {"seconds": 4.0}}}
+        return {"levels": levels, "drawn_epochs": {"mean": 7.0}, "epochs": 50, "cost": cost}
     return {"levels": levels_of(run)}
 
 
@@ -115,7 +119,8 @@ def test_every_run_can_be_asked_for(name, scale):
     for run in reproduce.find(name, scale).runs[scale].values():
         assert type(run) in any_run.RUNS
         assert not isinstance(run, hparams.Imp | hparams.OneShot) or run.rates() is not None
-        models.make(run.model, (3, 32, 32) if run.data == "cifar-10" else (1, 28, 28), 10, dropout=run.dropout)
+        image = {"cifar-10": (3, 32, 32), "digits": (1, 8, 8)}.get(run.data, (1, 28, 28))
+        models.make(run.model, image, 10, dropout=run.dropout)
 
 
 def test_unknown_names():

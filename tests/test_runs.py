@@ -236,7 +236,7 @@ def test_presets_are_the_papers():
     assert (lenet.data, lenet.budget, lenet.batch_size, lenet.lr) == ("mnist", "50000it", 60, 1.2e-3)
     assert (conv6.budget, conv6.lr, conv6.rate * conv6.conv_factor) == ("30000it", 3e-4, pytest.approx(0.15))
     assert lenet.rates() == {"output": 0.5} and conv6.rates() == {"output": 0.5, "conv": 0.75}
-    assert hparams.PRESETS["resnet"].rates() == {"output": 0.0}
+    assert hparams.PRESETS["resnet18"].rates() == {"output": 0.0}
 
 
 def test_momentum_belongs_to_sgd(tmp_path):

@@ -20,7 +20,7 @@ from .claims import (
     points_between,
     points_over,
 )
-from .hparams import PRESETS, MutualInformation, OneShot, Training
+from .hparams import PRESETS, OneShot, Training
 
 PANELS = (
     ("early_stop_iteration", "early-stop iteration", 1),
@@ -363,76 +363,6 @@ VGG19 = _deep(
     short_warmup="60it", drops=("200it", "250it"),
 )  # fmt: skip
 
-# ---- neurons by mutual information: proposed, no paper's; what it must show to be of use ----
-
-
-def accuracy_of(method: str, figure="test_accuracy"):
-    return lambda found: 100 * found["mutual-information"]["methods"][method][figure]["mean"]
-
-
-def _iterations_over(method: str, other: str):
-    """Iterations of search and retraining, over those of another method."""
-
-    def measure(found):
-        costs = (found["mutual-information"]["methods"][name]["cost"]["relative"]["mean"] for name in (method, other))
-        return next(costs) / next(costs)
-
-    return measure
-
-
-def _mutual_information_claims(gain, behind) -> tuple[Claim, ...]:
-    """The arguments are tolerances."""
-    mine = "mutual-information"
-    return (
-        Claim("tickets by mutual information are more accurate than random ones of as many neurons, in points",
-              points_between(accuracy_of(mine), accuracy_of("random")), 0.5, gain, "least"),
-        Claim("they are not less accurate than those of IMP by neuron, in points over them",
-              points_between(accuracy_of(mine), accuracy_of("imp")), 0.0, behind, "least"),
-        Claim("they cost less than IMP: iterations of search and retraining over those of IMP",
-              _iterations_over(mine, "imp"), 0.25, 0.25, "most"),
-    )  # fmt: skip
-
-
-def method_panels(found: Found) -> list[dict]:
-    """Accuracy of each method at its density, and of the dense network."""
-    result = found["mutual-information"]
-    dense = result["dense"]["test_accuracy"]
-    series = [{"name": "dense", "points": [[1.0, 100 * dense["mean"], 100 * (dense["ci95"] or 0)]]}]
-    for method, figures in result["methods"].items():
-        accuracy = figures["test_accuracy"]
-        point = [figures["weight_density"]["mean"], 100 * accuracy["mean"], 100 * (accuracy["ci95"] or 0)]
-        series.append({"name": method, "points": [point]})
-    return [{"label": "test accuracy at early stop, %", "series": series}]
-
-
-_MUTUAL = MutualInformation(
-    data="mnist", budget="20000it", validation=5000, evaluate_every=100, evaluate_test="improved"
-)
-MUTUAL_INFORMATION = Figure(
-    "Neurons by mutual information, LeNet-300-100 on MNIST",
-    runs={
-        "paper": {"mutual-information": _MUTUAL},
-        "short": {"mutual-information": replace(_MUTUAL, budget="6000it", validation=3000, seeds=3)},
-        "smoke": {
-            "mutual-information": replace(
-                _MUTUAL, budget="300it", validation=1000, evaluate_every=50, seeds=2, fraction=0.2, rate=0.5,
-                methods=("mutual-information", "imp", "random"),
-            )
-        },
-    },
-    claims={
-        "paper": _mutual_information_claims(gain=0.5, behind=0.5),
-        "short": _mutual_information_claims(gain=0.5, behind=1.0),
-        # Which neurons are best does not show in so few minibatches.
-        "smoke": (
-            Claim("after 300it tickets by mutual information are above chance in test accuracy, in points over 10",
-                  lambda found: accuracy_of("mutual-information")(found) - 10, 70.0, 15.0, "least"),
-            _mutual_information_claims(gain=0, behind=0)[2],
-        ),
-    },
-    panels=method_panels,
-)  # fmt: skip
-
 FIGURES = {
     "lenet": LENET,
     "one-shot": ONE_SHOT,
@@ -442,5 +372,4 @@ FIGURES = {
     "dropout": DROPOUT,
     "resnet18": RESNET18,
     "vgg19": VGG19,
-    "mutual-information": MUTUAL_INFORMATION,
 }

@@ -14,10 +14,12 @@ from .. import analysis
 from ..analysis import reproduction
 from ..tickets.store import Store, to_json
 from ..tickets.ticket import write_atomic
+from . import figures, figures_methods
 from .any_run import as_json, run_any
-from .figures import FIGURES, Figure
+from .figures import Figure
 
 SCALES = ("smoke", "short", "paper")
+FIGURES = {**figures.FIGURES, **figures_methods.FIGURES}
 
 
 def reproduce(
