@@ -79,7 +79,8 @@ def shrink(
     """A physically smaller network without the channels that a ticket drops, holding the weights the ticket starts from.
 
     Its outputs are those of the masked network, `ticket.apply(model)`, in which the dropped channels have γ = β = 0; that is
-    checked on the example. It trains as any dense network does.
+    checked on the example. It trains as any dense network does. Where channels cannot go, because they are the network's own
+    inputs or outputs, or something makes more than zeros of them (a sigmoid), they stay with γ = β = 0, and a warning says so.
 
     Args:
         model: a network that the ticket fits; it stays as it is. Masked layers become plain ones.
@@ -96,6 +97,9 @@ def shrink(
         ticket = rounded(ticket, model, example_input, round_to, scores)
     inputs = _inputs(example_input, model)
     small, graph, groups = _traced(model, ticket, inputs)
+    whole = [f"{group.root} ({group.stays})" for group in groups if group.stays]
+    if whole:
+        warnings.warn(f"shrink: all channels stay in {', '.join(whole)}", stacklevel=2)
     before = _outputs(small, inputs)
     function = torch_pruning().prune_batchnorm_out_channels
     gone: dict[str, Tensor] = {name: torch.zeros(mask.shape, dtype=torch.bool) for name, mask in ticket.masks.items()}
