@@ -48,7 +48,7 @@ def test_a_run_from_the_command_line(capsys, tmp_path):
     rows = (folder / "early-bird-distances.csv").read_text().splitlines()
     assert len(rows) == 4 and [float(v) for v in rows[1].split(",")[1:]] == pytest.approx(shown["distances"][0])
     page = Path(shown["report"]).read_text()
-    assert "sparselottery early-bird" in page
+    assert "Distance between masks over the epochs" in page and "sparselottery early-bird" in page
     Store(folder, create=False).verify()
 
     status, out, err = run(capsys, *arguments, "--no-report")  # nothing is left to do
