@@ -27,6 +27,7 @@ try:
     from .tickets.imp import imp
     from .tickets.mutual_information import mutual_information
     from .tickets.one_shot import one_shot
+    from .tickets.supermask_driver import supermask
     from .tickets.ticket import Ticket, TicketError
     from .training.history import History
     from .training.trainer import Trainer
@@ -72,5 +73,6 @@ __all__ = [
     "resident",
     "shrink",
     "sparsify",
+    "supermask",
     "unpack",
 ]

@@ -29,6 +29,7 @@ ANALYSES: dict[str, str] = {
     "stability": "stability",
     "reproduction": "reproduction",
     "mutual-information": "mutual_information",
+    "supermask": "supermask",
 }
 
 FOLDER = "analysis"

@@ -8,6 +8,7 @@ COMMANDS = {  # command -> module here, in the order of --help
     "one-shot": "one_shot",
     "early-bird": "early_bird",
     "mutual-information": "mutual_information",
+    "supermask": "supermask",
     "reproduce": "reproduce",
     "plan": "plan",
     "bench": "bench",

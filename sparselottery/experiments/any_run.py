@@ -3,7 +3,7 @@
 import importlib
 import os
 
-from .hparams import EarlyBird, Imp, MutualInformation, OneShot, Training
+from .hparams import EarlyBird, Imp, MutualInformation, OneShot, Supermask, Training
 
 # kind of hyperparameters -> module of this package and its function (imported when one is run)
 RUNS = {
@@ -11,6 +11,7 @@ RUNS = {
     OneShot: ("runs", "run_one_shot"),
     EarlyBird: ("runs", "run_early_bird"),
     MutualInformation: ("mutual_information", "run_mutual_information"),
+    Supermask: ("supermask", "run_supermask"),
 }
 
 

@@ -18,7 +18,7 @@ from ..tickets.driver import Plan, cores
 from ..training.history import parse_step
 from ..training.trainer import Trainer
 from .any_run import run_any
-from .hparams import EarlyBird, Imp, MutualInformation, OneShot, Training
+from .hparams import EarlyBird, Imp, MutualInformation, OneShot, Supermask, Training
 from .runs import Fit
 
 EXAMPLES = 200  # evaluated while measuring: a test set whole would take as long as hundreds of iterations
@@ -116,6 +116,8 @@ def _of_plan(hparams: Training, fit: Fit, data_root) -> tuple[list[Work], int]:
         works.append(Work(seeds, density, full - begin, plan.parents[level - 1] == level - 1))
         if level in plan.control_levels and plan.controls:
             works.append(Work(seeds * len(plan.controls) * plan.repeats, density, full - begin, False))
+        if plan.schedule == "gradual":  # another training for the mask, dense at first
+            works.append(Work(seeds, (1 + density) / 2, full, False))
     return works, weights
 
 
@@ -165,11 +167,20 @@ def _of_early_bird(hparams: EarlyBird, fit: Fit, data_root) -> tuple[list[Work],
     return [work for work in works if work.count], weights
 
 
+def _of_supermask(hparams: Supermask, fit: Fit, data_root) -> tuple[list[Work], int]:
+    """A dense training and one of masks for each seed; the latter goes through the modules, and is counted as two dense ones."""
+    iterations = fit.trainer.steps(hparams.mask_budget)
+    works = [Work(hparams.seeds, 1.0, fit.trainer.iterations, True), Work(hparams.seeds, 1.0, 2 * iterations, False)]
+    model = fit.make_model()(seed=0)
+    return works, sum(p.numel() for p in model.parameters() if p.ndim > 1)
+
+
 WORKS: dict[type, Callable] = {
     Imp: _of_plan,
     OneShot: _of_plan,
     EarlyBird: _of_early_bird,
     MutualInformation: _of_mutual_information,
+    Supermask: _of_supermask,
 }
 
 

@@ -10,6 +10,8 @@ from ..tickets.controls import ALL as CONTROLS
 from ..tickets.early_bird import STRUCTURES
 from ..tickets.early_bird_driver import STARTS
 from ..tickets.masking import SCHEDULES
+from ..tickets.supermask import METHODS as SUPERMASK_METHODS
+from ..tickets.supermask import WEIGHTS
 from ..training.augment import AUGMENTATIONS
 from .data import DATASETS
 from .models import MODELS
@@ -44,7 +46,7 @@ class Training:
     )
 
     def __post_init__(self):
-        for name in {"budget", "warmup", "milestones", "rewind"} & {f.name for f in fields(self)}:
+        for name in {"budget", "warmup", "milestones", "rewind", "mask_budget"} & {f.name for f in fields(self)}:
             object.__setattr__(self, name, _with_unit(getattr(self, name)))
 
 
@@ -156,6 +158,23 @@ class MutualInformation(Training):
     window: int = _of(5, "early-bird: epochs whose masks are compared")
     threshold: float = _of(0.1, "early-bird: the distance below which masks have settled")
     l1: float = _of(1e-4, "early-bird: factor of the L1 penalty on BatchNorm scales")
+    seeds: int = _of(5, "trials")
+
+
+@dataclass(frozen=True)
+class Supermask(Training):
+    """Masks learned over untrained weights, beside masks from a trained network."""
+
+    method: str = _of("bernoulli", "how masks are learned", SUPERMASK_METHODS)
+    weights: str = _of("constant", "untrained weights: signed constants of each layer, or the initial values", WEIGHTS)
+    rescale: bool = _of(False, "multiply what is kept by the number of weights over the number kept, layer by layer")
+    density: float | None = _of(None, "density of every layer, for edge-popup (default 0.5)")
+    mask_lr: float = _of(0.1, "learning rate of the masks' scores (Adam)")
+    mask_budget: str = _of("1200it", "how long masks are learned")
+    criterion: str = _of("large-final-same-sign", "which masks from the trained network to compare with", CRITERIA)
+    densities: tuple[float, ...] = _of(
+        (0.8, 0.5, 0.3, 0.2, 0.1), "densities tried for the masks from the trained network"
+    )
     seeds: int = _of(5, "trials")
 
 
