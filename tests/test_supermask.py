@@ -138,6 +138,9 @@ def test_the_ticket_is_the_network(options):
     applied = ticket.apply(make_model(3))
     x = blobs(30, 7)[0]
     torch.testing.assert_close(applied(x), model.eval()(x))
+    state = model.state_dict()
+    if "rescale" not in options:
+        assert torch.equal(ticket.initial["0.weight"], state["0.parametrizations.weight.original"])
     assert ticket.density < 1 and all(isinstance(layer, sl.MaskedLinear) for layer in applied[::2])
     if "density" in options:
         assert [m.count for m in ticket.masks.values()] == [round(0.2 * m.numel) for m in ticket.masks.values()]

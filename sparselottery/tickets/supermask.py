@@ -60,7 +60,7 @@ class MaskedByScores(nn.Module):
             sampled = self.training or self.sample
             mask = (torch.rand_like(soft) < soft if sampled else self.mask()).to(weight.dtype)
         scale = multiplier(mask) if self.rescale else 1.0
-        return weight * ((mask + soft - soft.detach()) * scale)
+        return weight * ((mask + (soft - soft.detach())) * scale)  # the difference is exactly 0
 
 
 def multiplier(mask: Tensor) -> Tensor:
