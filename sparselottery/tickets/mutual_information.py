@@ -40,8 +40,8 @@ def mutual_information(
     whole bins, such as the zeros of a ReLU, gets a bin for itself. From the counts of (bin, class) follows the plug-in
     estimate, sum of p(b, y) log2 p(b, y) / (p(b) p(y)), less its bias to first order, (m_by - m_b - m_y + 1) / (2 N ln 2)
     with m the numbers of occupied cells, bins and classes: Miller 1955, Note on the bias of information estimates; Panzeri
-    & Treves 1996, Network 7:87, equation (9) with the occupied bins as the relevant ones. Negative values become 0. It is at
-    most log2(bins), and at most the entropy of the labels.
+    & Treves 1996, Network 7:87 (whose "relevant" bins are the occupied ones here). Negative values become 0. The
+    plug-in estimate is at most log2(bins), and at most the entropy of the labels.
 
     Examples go through in batches and only counts are kept, so memory does not grow with the probe set; the quantiles are
     those of `sample` examples drawn at random without replacement (always the same ones), of all where there are no more.
