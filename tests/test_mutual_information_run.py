@@ -1,6 +1,7 @@
 """The comparison of ways to choose neurons: its run folder, its numbers, its sentence, its figures, its command."""
 
 import copy
+import html
 import json
 import subprocess
 import sys
@@ -233,17 +234,27 @@ def test_figures(finished):
 
 
 def test_command(finished, capsys):
-    assert main(["mutual-information", *OPTIONS, "--out", str(finished[1]), "--json"]) == 0
+    result = run_mutual_information(SMALL, finished[1], workers=1)
+    assert main(["mutual-information", *OPTIONS, "--out", str(finished[1]), "--no-report", "--json"]) == 0
     captured = capsys.readouterr()
     shown = json.loads(captured.out.splitlines()[-1])
-    assert shown == json.loads(json.dumps(run_mutual_information(SMALL, finished[1], workers=1)))
+    assert shown == json.loads(json.dumps(result)) and not (folder_of(finished) / "report.html").exists()
     assert (
         "neurons shared" in captured.err
         and shown["verdict"] in captured.err
         and "12 of them done before" in captured.err
     )
+
+
+def test_report(finished, capsys):
     assert main(["mutual-information", *OPTIONS, "--out", str(finished[1])]) == 0
-    assert finished[0]["verdict"] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    page = (folder_of(finished) / "report.html").read_text()
+    assert finished[0]["verdict"] in printed and f"report: {folder_of(finished)}" in printed
+    assert html.escape(finished[0]["verdict"]) in page and page.count("data:image/png;base64,") == 3
+    assert "sparselottery mutual-information --data digits" in page and "chance 20.0" in page
+    pictures = {path.name for path in folder_of(finished).glob("analysis/*.png")}
+    assert pictures == {"neuron_tickets.png", "neuron_overlap.png", "neuron_information.png"}
 
 
 def test_help():

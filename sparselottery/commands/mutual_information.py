@@ -13,6 +13,7 @@ def fill(parser):
 
     add_fields(parser, hparams.MutualInformation)
     run_arguments(parser)
+    parser.add_argument("--no-report", action="store_true", help="leave out report.html and its figures")
 
 
 def run(arguments):
@@ -30,6 +31,9 @@ def run(arguments):
     say(arguments, "\nmean ± half width of the 95 % confidence interval over seeds\n")
     say(arguments, shown["verdict"])
     say(arguments, f"run: {shown['run']}")
+    if not arguments.no_report:
+        shown["report"] = str(report.write_report(shown["run"]))
+        say(arguments, f"report: {shown['report']}")
     return 0, shown
 
 
