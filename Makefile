@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | gates | clean. Everything runs in .venv, which the first target that needs it creates.
+# make demo | test | sanitize | bench | lint | gates | clean. Everything runs in .venv, which the first target that needs it creates.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test test-cpu test-triton bench lint format gates clean
+.PHONY: demo test test-cpu test-triton sanitize bench lint format gates clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -42,6 +42,10 @@ test-cpu: $(VENV)/.built
 test-triton: $(VENV)/.built
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest tests/triton -n $(WORKERS) $(PYTEST_ARGS) \
 	  $(if $(JUNIT),--junitxml $(JUNIT)/triton.xml)
+
+# The tests of the CPU kernels on a build of its own with AddressSanitizer and UBSan; needs g++.
+sanitize: $(VENV)/.installed
+	$(BIN)/python tools/sanitize.py
 
 bench: $(VENV)/.built
 	$(BIN)/sparselottery bench

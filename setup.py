@@ -5,6 +5,7 @@ Environment:
     SPARSELOTTERY_CUDA_ARCHS  compute capabilities, default "80;86;89;90"; the newest also as PTX for later GPUs
     MAX_JOBS                  parallel compiler processes
     CXX, CUDA_HOME            which compilers
+    SPARSELOTTERY_SANITIZE    1: with AddressSanitizer and UBSan, without CUDA (tools/sanitize.py; g++ only)
 """
 
 import os
@@ -58,7 +59,17 @@ def find_cxx():
     return shlex.join(found), "__clang__" in probe.stdout
 
 
+def sanitize_flags():
+    """What instruments the host's code, "" where nobody asked; the first error ends the process."""
+    choice = os.environ.get("SPARSELOTTERY_SANITIZE", "0")
+    if choice not in ("", "0", "1"):
+        fail(f"SPARSELOTTERY_SANITIZE: expected 0 or 1, got {choice!r}")
+    return "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" if choice == "1" else ""
+
+
 def find_nvcc():
+    if sanitize_flags():
+        return None
     choice = os.environ.get("SPARSELOTTERY_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         fail(f"SPARSELOTTERY_CUDA: expected auto, 0 or 1, got {choice!r}")
@@ -161,6 +172,9 @@ class NinjaBuild(build_ext):
         python = " ".join(quote(f"-I{p}") for p in (find_pybind11(), sysconfig.get_paths()["include"]))
         defines = "-DSPARSELOTTERY_CUDA " + quote(f'-DSPARSELOTTERY_CUDA_ARCHS="{";".join(archs)}"') if nvcc else ""
         optimize = "-O0 -g" if self.debug else "-O3 -DNDEBUG"
+        sanitize = sanitize_flags()
+        if sanitize:
+            optimize = f"-O1 -g {sanitize}"
         # -fopenmp when compiling but not when linking: the GOMP symbols stay open and bind to the pool torch has
         # loaded; a second libgomp would spin against it (0.2 ms became 9.2 ms). clang's OpenMP is another library,
         # which torch's Linux wheels do not carry: with clang the kernels are built for one thread.
@@ -197,7 +211,7 @@ class NinjaBuild(build_ext):
                 "  deps = gcc",
             ]
         # nvcc links when it is there: it knows where its own static CUDA runtime lies.
-        link = "$nvcc -shared -Xcompiler -fPIC -cudart static" if nvcc else "$cxx -shared"
+        link = "$nvcc -shared -Xcompiler -fPIC -cudart static" if nvcc else f"$cxx -shared {sanitize}"
         lines += ["rule link", f"  command = {link} $in -o $out", "  description = link $out"]
         objects = []
 

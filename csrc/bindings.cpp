@@ -315,26 +315,23 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("words"), py::arg("rows"), py::arg("columns"), py::arg("packed") = false)
       .def("count", &MaskedLinearPlan::count)
-      .def("use",
-           [](MaskedLinearPlan& plan, uintptr_t words, uintptr_t weight, int64_t version, bool same) {
-             if (!plan.same_words(as<const uint32_t>(words))) return false;
-             plan.use_weight(as<const float>(weight), version, same);
-             return true;
-           })
+      .def("same_words",
+           [](const MaskedLinearPlan& plan, uintptr_t words) { return plan.same_words(as<const uint32_t>(words)); })
       .def("forward",
-           [](MaskedLinearPlan& plan, uintptr_t x, int64_t x_stride, int64_t batch, uintptr_t weight, uintptr_t bias,
-              uintptr_t y, int64_t tile) {
+           [](MaskedLinearPlan& plan, uintptr_t weight, bool half, int64_t version, bool same, uintptr_t x,
+              int64_t x_stride, int64_t batch, uintptr_t bias, uintptr_t y, int64_t tile, bool relu) {
              py::gil_scoped_release release;
-             plan.forward(as<const float>(x), x_stride, batch, as<const float>(weight), as<const float>(bias),
-                          as<float>(y), tile);
+             plan.forward({as<const void>(weight), half, version, same}, as<const float>(x), x_stride, batch,
+                          as<const float>(bias), as<float>(y), tile, relu);
            })
-      .def("backward",
-           [](MaskedLinearPlan& plan, uintptr_t grad, int64_t grad_stride, uintptr_t x, int64_t x_stride, int64_t batch,
-              uintptr_t weight, uintptr_t dx, uintptr_t dw, uintptr_t db, int64_t tile, bool dw_is_zero) {
-             py::gil_scoped_release release;
-             plan.backward(as<const float>(grad), grad_stride, as<const float>(x), x_stride, batch,
-                           as<const float>(weight), as<float>(dx), as<float>(dw), as<float>(db), tile, dw_is_zero);
-           });
+      .def("backward", [](MaskedLinearPlan& plan, uintptr_t weight, bool half, int64_t version, bool same,
+                          uintptr_t grad, int64_t grad_stride, uintptr_t x, int64_t x_stride, int64_t batch,
+                          uintptr_t dx, uintptr_t dw, uintptr_t db, int64_t tile, bool dw_is_zero) {
+        py::gil_scoped_release release;
+        plan.backward({as<const void>(weight), half, version, same}, as<const float>(grad), grad_stride,
+                      as<const float>(x), x_stride, batch, as<float>(dx), as<void>(dw), as<float>(db), tile,
+                      dw_is_zero);
+      });
 
   // whole_step
   py::class_<Mlp>(m, "CpuMlp")

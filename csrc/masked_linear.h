@@ -22,21 +22,27 @@ class MaskedLinearPlan {
   // a tensor's version counter.
   bool same_words(const uint32_t* words) const;
 
-  // Forget the gathered values, unless they come from this address at this version and a sample of them is still there.
-  // `same`: the tensor is the one of the last call.
-  void use_weight(const float* weight, int64_t version, bool same);
+  // A weight [rows, columns], float32 or (half) bfloat16. It is read where values are missing: the plan keeps those of
+  // the last call, if they come from this address at this version, `same` says that it is the same tensor, and a sample
+  // of them is still there.
+  struct Weight {
+    const void* data;
+    bool half;
+    int64_t version;
+    bool same;
+  };
 
-  // x [batch, columns] with rows x_stride apart, weight [rows, columns], bias [rows] or null, y [batch, rows]. The
-  // weight is read only if values are missing. tile: vectors of batch per feature, 0 to choose.
-  void forward(const float* x, int64_t x_stride, int64_t batch, const float* weight, const float* bias, float* y,
-               int64_t tile);
+  // x [batch, columns] with rows x_stride apart, bias [rows] or null, y [batch, rows]. tile: vectors of batch per
+  // feature, 0 to choose. relu: y becomes max(y, 0).
+  void forward(const Weight& weight, const float* x, int64_t x_stride, int64_t batch, const float* bias, float* y,
+               int64_t tile, bool relu);
 
   // grad [batch, rows] with rows grad_stride apart. Every element of dx [batch, columns], dw [rows, columns] and db
-  // [rows] is written; null where not wanted (dx and dw not both). dw_is_zero: dw has been written by this plan before
-  // and nobody is known to have changed it, so that its dead places need no zeros; a sample of them is looked at all
-  // the same.
-  void backward(const float* grad, int64_t grad_stride, const float* x, int64_t x_stride, int64_t batch,
-                const float* weight, float* dx, float* dw, float* db, int64_t tile, bool dw_is_zero);
+  // [rows] is written; null where not wanted (dx and dw not both). dw has the weight's type. dw_is_zero (float32): dw
+  // has been written by this plan before and nobody is known to have changed it, so that its dead places need no
+  // zeros; a sample of them is looked at all the same.
+  void backward(const Weight& weight, const float* grad, int64_t grad_stride, const float* x, int64_t x_stride,
+                int64_t batch, float* dx, void* dw, float* db, int64_t tile, bool dw_is_zero);
 
  private:
   struct Impl;

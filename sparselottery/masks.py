@@ -4,7 +4,6 @@ import weakref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .ops import bitmask
 
@@ -155,19 +154,24 @@ def _size(shape) -> torch.Size:
 
 
 # Which layer masks a parameter. Weak on both sides: neither a parameter nor a layer is kept alive by having been
-# attached. A weight that several layers share has several owners.
-_owners = WeakTensorKeyDictionary()
+# attached. A weight that several layers share has several owners. By id, because a lookup by tensor costs microseconds and
+# optimizers ask for each parameter in each step; an entry goes with its parameter.
+_owners: dict[int, tuple[weakref.ref, list[weakref.ref]]] = {}
+
+
+def _refs(param):
+    found = _owners.get(id(param))
+    return found[1] if found is not None and found[0]() is param else ()
 
 
 def attach(param: Tensor, owner) -> None:
     """Make `owner` (an object whose attribute `weight_mask` is int32 words) the one that masks `param`."""
-    alive = [ref for ref in _owners.get(param, ()) if ref() is not None and ref() is not owner]
-    _owners[param] = [weakref.ref(owner), *alive]
+    _put(param, [weakref.ref(owner), *_others(param, owner)])
 
 
 def words_of(param: Tensor) -> Tensor | None:
     """The int32 mask words of a parameter, or None when no living layer masks it. The last attached owner answers."""
-    for ref in _owners.get(param, ()):
+    for ref in _refs(param):
         owner = ref()
         if owner is not None:
             return owner.weight_mask
@@ -176,13 +180,27 @@ def words_of(param: Tensor) -> Tensor | None:
 
 def owners_of(param: Tensor) -> list:
     """The living layers that mask a parameter, the last attached first."""
-    return [owner for ref in _owners.get(param, ()) if (owner := ref()) is not None]
+    return [owner for ref in _refs(param) if (owner := ref()) is not None]
 
 
 def detach(param: Tensor, owner) -> None:
     """`owner` no longer masks `param`."""
-    left = [ref for ref in _owners.get(param, ()) if ref() is not None and ref() is not owner]
+    left = _others(param, owner)
     if left:
-        _owners[param] = left
+        _put(param, left)
     else:
-        _owners.pop(param, None)
+        _owners.pop(id(param), None)
+
+
+def _others(param, owner):
+    return [ref for ref in _refs(param) if ref() is not None and ref() is not owner]
+
+
+def _put(param, refs):
+    key = id(param)
+
+    def forget(gone, owners=_owners):  # at the end of the process the module's names may be gone
+        if key in owners and owners[key][0] is gone:  # else another tensor has that id by now
+            del owners[key]
+
+    _owners[key] = (weakref.ref(param, forget), refs)

@@ -57,6 +57,11 @@ class _Plan:
         self.others = [t for tensors in [*lists, masters, words] for t in tensors if t is not None]
         self.other_pointers = [t.data_ptr() for t in self.others]
         self.sizes = [p.numel() for p in params]
+        self.dtypes = [p.dtype for p in params]
+        # Ids of what this plan keeps alive.
+        self.ids, self.word_ids = [*map(id, params)], [*map(id, words)]
+        slotted = [*zip(slots, lists, strict=True), ("step", steps), ("master_param", masters)]
+        self.slotted = [(slot, [*map(id, tensors)]) for slot, tensors in slotted]
         self.clean = [False] * len(params)
         self.versions = self._tables = None
 
@@ -81,18 +86,15 @@ class _Plan:
         return self._tables
 
     def serves(self, params, grads, words, state, slots) -> bool:
-        if slots != self.slots or len(params) != len(self.params):
+        if slots != self.slots or [*map(id, params)] != self.ids or [*map(id, words)] != self.word_ids:
             return False
-        for i, p in enumerate(params):
-            if p is not self.params[i] or words[i] is not self.words[i] or p.data_ptr() != self.pointers[i]:
-                return False
-            if grads[i].numel() != self.sizes[i] or grads[i].dtype is not p.dtype:
-                return False
-            own = state[p]
-            for slot, tensors in zip(slots, self.lists, strict=True):
-                if own.get(slot) is not tensors[i]:
-                    return False
-            if own.get("step") is not self.steps[i] or own.get("master_param") is not self.masters[i]:
+        if [p.data_ptr() for p in params] != self.pointers or [g.numel() for g in grads] != self.sizes:
+            return False
+        if [g.dtype for g in grads] != self.dtypes:
+            return False
+        owns = [state[p] for p in params]
+        for slot, tensors in self.slotted:
+            if [id(own.get(slot)) for own in owns] != tensors:
                 return False
         # The same tensors in other memory: `state.data = ...`, share_memory_(). The tables keep addresses.
         if [t.data_ptr() for t in self.others] != self.other_pointers:

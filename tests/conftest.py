@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-# The interpreter's tests need a process of their own: `pytest tests/triton` runs them, `pytest tests` leaves them out.
-collect_ignore = ["triton"]
+# These need a process of their own: `pytest tests/triton` and `make sanitize` run them, `pytest tests` leaves them out.
+collect_ignore = ["triton", "sanitize"]
 
 # `python -m pytest` puts the repository's root on sys.path, where transformers would take kernels/ for Hugging Face's
 # package of that name.

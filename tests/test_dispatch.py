@@ -216,6 +216,115 @@ def test_buckets():
     assert dispatch.bucket_density(dispatch.density_bucket(0.0)) == 0
 
 
+def record(direction, **us):
+    """A measurement of `test_op` that came out like this, and its key."""
+    key = (direction, *KEY[1:])
+    dispatch.choose("test_op", key, {name: waits(t * 1e-6) for name, t in us.items()}, rule=refuse)
+    dispatch._records["test_op", repr(key)]["us"] = {name: float(t) for name, t in us.items()}
+    return key, refuse
+
+
+def test_a_layer_goes_to_the_library_unless_both_passes_together_pay_for_their_calls(monkeypatch):
+    monkeypatch.setattr(dispatch, "CALL", {"forward": 100e-6, "backward": 100e-6})
+    assert dispatch.goes_to_library("test_op", [(KEY, refuse)]) is None  # not measured yet
+    forward, backward = record("forward", dense=900, cpu=700), record("backward", dense=500, cpu=9000)
+    assert dispatch.goes_to_library("test_op", [forward]) is False  # saves 200, costs 100
+    # The forward pass saves less than the two calls cost, though its own call pays.
+    assert dispatch.goes_to_library("test_op", [forward, backward]) is True
+    dispatch._records["test_op", repr(forward[0])]["us"]["cpu"] = 300.0
+    assert dispatch.goes_to_library("test_op", [forward, backward]) is False
+    dispatch.clear()
+    assert dispatch.goes_to_library("test_op", [record("forward", dense=100, cpu=900)]) is True
+
+
+def test_a_layer_goes_to_the_library_by_the_rule_and_never_against_the_environment(monkeypatch):
+    forward, backward = ((direction, *KEY[1:]) for direction in ("forward", "backward"))
+    with dispatch.reproducible():
+        for names, answer in ((("cpu", "cpu"), False), (("cpu", "dense"), True), (("dense", "dense"), True)):
+            calls = [(key, lambda name=name: name) for key, name in zip((forward, backward), names, strict=True)]
+            assert dispatch.goes_to_library("test_op", calls) is answer
+    assert dispatch.goes_to_library("test_op", [(None, refuse)]) is True  # only dense can win
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", "dense")
+    assert dispatch.goes_to_library("test_op", [(None, refuse)]) is None
+
+
+@pytest.fixture
+def sparse_layer(monkeypatch):
+    """A masked layer whose forward and backward pass are known to be fastest on the sparse kernels; grad, and its mask."""
+    layer = sl.nn.MaskedLinear(120, 70)
+    layer.set_mask(torch.rand(70, 120) < 0.1)
+    monkeypatch.setattr(dispatch, "measure", lambda candidates: {name: float(name == "dense") for name in candidates})
+    for _ in range(2):  # measured; known
+        layer(torch.randn(16, 120, requires_grad=True)).sum().backward()
+    layer.zero_grad()
+    assert layer._call[1] == (False, ("cpu", "cpu"))
+    return layer
+
+
+def as_dense(layer, x):
+    weight, bias = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias))
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y, weight, bias
+
+
+def test_a_prepared_call_is_the_layer(sparse_layer):
+    layer, x = sparse_layer, torch.randn(16, 120, requires_grad=True)
+    y = layer(x)
+    assert type(y.grad_fn).__name__ == "_MaskedLinearBackward"
+    wanted, weight, bias = as_dense(layer, x)
+    torch.testing.assert_close(y, wanted)
+    grad = torch.randn(16, 70)
+    dx, dw, db = torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
+    expected = torch.autograd.grad(wanted, (x, weight, bias), grad)
+    torch.testing.assert_close(dx, expected[0])
+    torch.testing.assert_close(dw, expected[1] * layer.mask.to_dense())
+    torch.testing.assert_close(db, expected[2])
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    assert first.requires_grad
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+
+
+def test_a_prepared_call_notices_what_has_changed(sparse_layer):
+    layer, x = sparse_layer, torch.randn(16, 120)
+    layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    torch.testing.assert_close(layer(x), as_dense(layer, x)[0])
+    layer.set_mask(torch.rand(70, 120) < 0.1)
+    torch.testing.assert_close(layer(x), as_dense(layer, x)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer(x)
+    layer.bias.data = layer.bias.data.double()
+    with pytest.raises(TypeError, match=r"bias: expected torch\.float32 like x"):
+        layer(x)
+    layer.double()
+    assert layer(x.double()).dtype == torch.float64
+    with pytest.raises(TypeError, match=r"weight: expected torch\.float32 like x"):
+        layer(x)
+
+
+def test_a_prepared_call_gives_way_to_who_watches_the_op(sparse_layer):
+    from torch.autograd import forward_ad
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(16, 120)
+    with Watch(), torch.no_grad():
+        sparse_layer(x)
+    assert any("masked_linear" in name for name in seen)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(sparse_layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    torch.testing.assert_close(tangent, torch.ones_like(x) @ sparse_layer.weight.t())
+
+
 def test_an_op_measures_without_disturbing_its_user():
     x, w, b = torch.randn(64, 96, requires_grad=True), torch.randn(80, 96, requires_grad=True), torch.randn(80)
     keep = torch.rand(80, 96) < 0.1

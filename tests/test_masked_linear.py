@@ -96,6 +96,67 @@ def test_only_the_asked_gradients(frozen):
             torch.testing.assert_close(ours, t.grad)
 
 
+# ---- activation="relu" ----
+
+
+@pytest.mark.parametrize("backend", ["dense", "cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_relu_is_that_of_torch(monkeypatch, backend, dtype):
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", backend)
+    x, w, words, b, _ = sample(20, 65, 33, dtype)
+    inputs = [t.requires_grad_() for t in (x, w, b)]
+    grad = torch.randn(20, 33, dtype=dtype)
+    ours = masked_linear(x, w, words, b, activation="relu")
+    theirs = masked_linear(x, w, words, b).relu()
+    assert torch.equal(ours, theirs) and (ours == 0).any()
+    with torch.no_grad():
+        assert torch.equal(masked_linear(x, w, words, b, activation="relu"), theirs)
+        one = masked_linear(x[0], w, words, b, activation="relu")
+        torch.testing.assert_close(one, theirs[0], rtol=0.02, atol=0.02)
+    for got, want in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", ["dense", "cpu"])
+def test_relu_keeps_nan(monkeypatch, backend):
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", backend)
+    x, w, words, b, _ = sample(4, 33, 6)
+    b[2] = torch.nan
+    for rows in (x, x[0]):
+        y = masked_linear(rows, w, words, b, activation="relu")
+        assert y[..., 2].isnan().all() and (y[..., 3:] >= 0).all()
+
+
+def test_relu_gradcheck_twice():
+    x, w, words, b, _ = sample(4, 9, 6, torch.float64)  # no sum within 1e-3 of the kink
+    inputs = [t.requires_grad_() for t in (x, w, b)]
+    assert masked_linear(x, w, words, b).abs().min() > 1e-3
+
+    def f(x, w, b):
+        return masked_linear(x, w, words, b, activation="relu")
+
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+def test_relu_under_transforms_and_compiled():
+    x, w, words, b, _ = sample(4, 33, 6)
+
+    def f(x, w, b):
+        return masked_linear(x, w, words, b, activation="relu").square().sum()
+
+    inputs = [t.requires_grad_() for t in (x, w, b)]
+    wanted = torch.autograd.grad(f(*inputs), inputs)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for found in (torch.func.grad(f, (0, 1, 2))(x, w, b), torch.autograd.grad(compiled(*inputs), inputs)):
+        for got, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, want)
+    detached = (x.detach(), w.detach(), words, b.detach(), False, True)
+    torch.library.opcheck(torch.ops.sparselottery.masked_linear, detached)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("output_mask", [(True, True, True), (False, True, False)])
 def test_opcheck(shape, output_mask):
@@ -155,6 +216,7 @@ def test_autocast_follows_linear():
         ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
         ({"words": 3}, TypeError, "words: expected a tensor, got int"),
         ({"bias": 0.5}, TypeError, "bias: expected a tensor, got float"),
+        ({"activation": "gelu"}, ValueError, 'activation: expected None or "relu"'),
     ],
 )
 def test_bad_input_names_the_argument(change, error, says):

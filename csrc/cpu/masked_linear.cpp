@@ -57,6 +57,31 @@ Kernels kernels(int64_t batch) {
   return SL_KERNELS(portable);
 }
 
+// A weight in float32 or bfloat16, read as float.
+struct Weights {
+  const void* data = nullptr;
+  bool half = false;
+
+  float operator[](uint64_t i) const {
+    if (!half) return static_cast<const float*>(data)[i];
+    const uint32_t bits = uint32_t{static_cast<const uint16_t*>(data)[i]} << 16;
+    float v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+  }
+  void prefetch(uint64_t i) const {
+    __builtin_prefetch(static_cast<const char*>(data) + i * (half ? sizeof(uint16_t) : sizeof(float)));
+  }
+};
+
+// Rounded to the nearest bfloat16, ties to even; a NaN stays one.
+uint16_t to_half(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  if (v != v) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 // Tiles are as large as a batch tile of activations, and fresh pages for them cost as much as a sparse product: each
 // thread that calls keeps its own.
 struct Workspace {
@@ -96,31 +121,41 @@ struct MaskedLinearPlan::Impl : Survivors {
   std::vector<uint64_t> sample_weight, sample_dead;
   std::vector<float> sample_value;
   bool has_sample = false;
-  const float* weight = nullptr;  // whose values were gathered, never read through this
+  Weights weight;  // whose values were gathered; read in calls that were given it
   int64_t weight_version = -1;
   std::mutex lock;
 
-  void gather_whole(const float* weight) {
+  // Forgets the gathered values unless they are this weight's.
+  void use(const Weight& now) {
+    bool same = now.same && now.data == weight.data && now.half == weight.half && now.version == weight_version;
+    for (size_t i = 0; same && has_sample && i < sample_weight.size(); i++) {
+      const float value = weight[sample_weight[i]];
+      // Bytes, not values: a NaN is like itself.
+      same = std::memcmp(&value, &sample_value[i], sizeof(float)) == 0;
+    }
+    if (same) return;
+    weight = {now.data, now.half};
+    weight_version = now.version;
+    panelled.has_values = whole.has_values = transposed.has_values = has_sample = false;
+  }
+
+  void gather_whole() {
     if (whole.has_values) return;
     const SparseLayout& m = whole.layout;
     const int threads = thread_count(count());
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t r = 0; r < rows; r++) {
       const uint32_t first = m.begin[r], size = m.begin[r + 1] - first;
-      if (packed) {
-        std::copy_n(weight + offsets[m.line[r]], size, &whole.value[first]);
-        continue;
-      }
-      const float* row = weight + static_cast<int64_t>(m.line[r]) * columns;
-      for (uint32_t k = first; k < first + size; k++) whole.value[k] = row[m.index[k]];
+      const int64_t start = packed ? offsets[m.line[r]] : static_cast<int64_t>(m.line[r]) * columns;
+      for (uint32_t k = 0; k < size; k++) whole.value[first + k] = weight[start + (packed ? k : m.index[first + k])];
     }
     whole.has_values = true;
-    sample(weight);
+    sample();
   }
 
   // Values for the batched forward and, if a backward has been here before, for the next one too: the dense weight is
   // read once, row by row, which for a large one costs more than anything done to its survivors.
-  void gather(const float* weight, bool forward, bool backward) {
+  void gather(bool forward, bool backward) {
     forward = forward && !panelled.has_values;
     backward = backward && !transposed.has_values;
     if (!forward && !backward) return;
@@ -131,7 +166,7 @@ struct MaskedLinearPlan::Impl : Survivors {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) {
       for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) {
-        if (!packed && k + kAhead < survivors) __builtin_prefetch(weight + position[k + kAhead]);
+        if (!packed && k + kAhead < survivors) weight.prefetch(position[k + kAhead]);
         const float v = weight[packed ? k : position[k]];
         if (forward) rows_value[panelled_where[k]] = v;
         if (backward) columns_value[where[k]] = v;
@@ -139,16 +174,26 @@ struct MaskedLinearPlan::Impl : Survivors {
     }
     panelled.has_values = panelled.has_values || forward;
     transposed.has_values = transposed.has_values || backward;
-    sample(weight);
+    sample();
   }
 
-  void sample(const float* weight) {
+  void sample() {
     for (size_t i = 0; i < sample_weight.size(); i++) sample_value[i] = weight[sample_weight[i]];
     has_sample = true;
   }
 
   bool is_zero_off_the_mask(const float* dw) const {
     return std::all_of(sample_dead.begin(), sample_dead.end(), [&](uint64_t i) { return dw[i] == 0; });
+  }
+
+  // dw in bfloat16 from the survivors' gradients: every element is written.
+  void scatter(const float* compact, uint16_t* dw) const {
+    const int threads = thread_count(rows * columns);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < rows; i++) {
+      if (!packed) std::memset(dw + i * columns, 0, columns * sizeof(uint16_t));
+      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) dw[packed ? k : position[k]] = to_half(compact[where[k]]);
+    }
   }
 
   // dw, [rows, columns] or packed, from the survivors' gradients: every element is written, so that fresh or reused
@@ -259,24 +304,11 @@ bool MaskedLinearPlan::same_words(const uint32_t* words) const {
   return true;
 }
 
-void MaskedLinearPlan::use_weight(const float* weight, int64_t version, bool same) {
+void MaskedLinearPlan::forward(const Weight& weight, const float* x, int64_t x_stride, int64_t batch, const float* bias,
+                               float* y, int64_t tile, bool relu) {
   Impl& m = *impl_;
   std::lock_guard<std::mutex> guard(m.lock);
-  same = same && weight == m.weight && version == m.weight_version;
-  for (size_t i = 0; same && m.has_sample && i < m.sample_weight.size(); i++) {
-    // Bytes, not values: a NaN is like itself.
-    same = std::memcmp(&weight[m.sample_weight[i]], &m.sample_value[i], sizeof(float)) == 0;
-  }
-  if (same) return;
-  m.weight = weight;
-  m.weight_version = version;
-  m.panelled.has_values = m.whole.has_values = m.transposed.has_values = m.has_sample = false;
-}
-
-void MaskedLinearPlan::forward(const float* x, int64_t x_stride, int64_t batch, const float* weight, const float* bias,
-                               float* y, int64_t tile) {
-  Impl& m = *impl_;
-  std::lock_guard<std::mutex> guard(m.lock);
+  m.use(weight);
   if (m.rows == 0 || batch == 0) return;
   const int threads = thread_count(m.count() * batch);
   const Kernels k = kernels(batch);
@@ -284,31 +316,34 @@ void MaskedLinearPlan::forward(const float* x, int64_t x_stride, int64_t batch, 
     if (m.whole.layout.blocks == 0) {
       m.build_rows(m.whole, std::min<int64_t>(64, block_for(m.rows)), kMaxPanel, nullptr);
     }
-    m.gather_whole(weight);
-    kernels(std::numeric_limits<int64_t>::max()).vector({m.whole.layout, x, bias, y, gathers(), threads});
+    m.gather_whole();
+    kernels(std::numeric_limits<int64_t>::max()).vector({m.whole.layout, x, bias, y, gathers(), threads, relu});
     return;
   }
   if (m.panelled.layout.blocks == 0) m.build_rows(m.panelled, block_for(m.rows), m.panel(), &m.panelled_where);
-  m.gather(weight, true, m.transposed.layout.blocks > 0);
+  m.gather(true, m.transposed.layout.blocks > 0);
   in_tiles(k, batch, tile, [&](int64_t first, int64_t count, int64_t vectors) {
     float* x_tile = workspace.x.reserve(m.columns * vectors * k.width);
     float* y_tile = workspace.y.reserve(m.rows * vectors * k.width);
     k.forward({m.panelled.layout, count, vectors, x + first * x_stride, x_stride, bias, y + first * m.rows, x_tile,
-               y_tile, threads});
+               y_tile, threads, relu});
   });
 }
 
-void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const float* x, int64_t x_stride, int64_t batch,
-                                const float* weight, float* dx, float* dw, float* db, int64_t tile, bool dw_is_zero) {
+void MaskedLinearPlan::backward(const Weight& weight, const float* grad, int64_t grad_stride, const float* x,
+                                int64_t x_stride, int64_t batch, float* dx, void* dw_any, float* db, int64_t tile,
+                                bool dw_is_zero) {
   Impl& m = *impl_;
   std::lock_guard<std::mutex> guard(m.lock);
+  m.use(weight);
   const Kernels k = kernels(batch);
+  float* dw = m.weight.half ? nullptr : static_cast<float*>(dw_any);
   const bool by_rows =
       dw != nullptr && !m.packed && batch > 0 && batch <= kRowTile * k.width && tile == 0 && !m.can_stream(dw);
   if ((dx != nullptr || !by_rows) && m.transposed.layout.blocks == 0) {
     m.build_columns(m.transposed, block_for(m.columns), m.where);
   }
-  if (dx != nullptr) m.gather(weight, false, true);
+  if (dx != nullptr) m.gather(false, true);
   SparseLayout columns = m.transposed.layout;
   if (dx == nullptr && by_rows) {  // no walk, only packing
     columns = SparseLayout{};
@@ -316,13 +351,13 @@ void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const fl
     columns.minors = m.rows;
   }
   const int threads = thread_count(m.count() * batch);
-  float* compact = dw != nullptr && !by_rows ? workspace.dw.reserve(m.count()) : nullptr;
+  float* compact = dw_any != nullptr && !by_rows ? workspace.dw.reserve(m.count()) : nullptr;
   if (batch == 0) {
-    if (dw != nullptr) std::fill_n(compact, m.count(), 0.f);
+    if (dw_any != nullptr) std::fill_n(compact, m.count(), 0.f);
     if (db != nullptr) std::fill_n(db, m.rows, 0.f);
   }
   in_tiles(k, batch, tile, [&](int64_t first, int64_t count, int64_t vectors) {
-    float* x_tile = dw != nullptr ? workspace.x.reserve(m.columns * vectors * k.width) : nullptr;
+    float* x_tile = dw_any != nullptr ? workspace.x.reserve(m.columns * vectors * k.width) : nullptr;
     float* g_tile = workspace.y.reserve(m.rows * vectors * k.width);
     float* dx_tile = dx != nullptr ? workspace.dx.reserve(m.columns * vectors * k.width) : nullptr;
     k.backward({columns, count, vectors, x + first * x_stride, x_stride, grad + first * grad_stride, grad_stride,
@@ -333,7 +368,12 @@ void MaskedLinearPlan::backward(const float* grad, int64_t grad_stride, const fl
       k.weight({m.rows, m.columns, m.offsets.data(), m.position.get(), vectors, x_tile, g_tile, dw, clear, threads});
     }
   });
-  if (dw != nullptr && !by_rows) m.scatter(compact, dw, dw_is_zero);
+  if (dw_any == nullptr || by_rows) return;
+  if (m.weight.half) {
+    m.scatter(compact, static_cast<uint16_t*>(dw_any));
+  } else {
+    m.scatter(compact, dw, dw_is_zero);
+  }
 }
 
 }  // namespace sl::cpu

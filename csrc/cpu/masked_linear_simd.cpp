@@ -138,9 +138,10 @@ void forward_block(const ForwardArgs& a, int64_t block) {
   for (int64_t p = 0; p < m.panels; p++) {
     const float* x = a.x_tile + p * m.panel * (T * kWidth);
     const int64_t segment = first * m.panels + p * lines;
+    const bool relu = a.relu && p == m.panels - 1;
     for (int64_t r = segment; r < segment + lines; r++) {
       const uint32_t s = m.begin[r], e = m.begin[r + 1];
-      if (p > 0 && s == e) continue;
+      if (p > 0 && s == e && !relu) continue;
       float* y = a.y_tile + (int64_t)m.line[r] * (T * kWidth);
       V sum[T];
       if (p == 0) {
@@ -152,6 +153,10 @@ void forward_block(const ForwardArgs& a, int64_t block) {
         for (int t = 0; t < T; t++) sum[t] = load(y + t * kWidth);
       }
       accumulate<T>(m.index, m.value, s, e, x, sum);
+      if (relu) {
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) sum[t] = sl::cpu::SL_ISA::relu(sum[t]);
+      }
 #pragma GCC unroll 8
       for (int t = 0; t < T; t++) store(y + t * kWidth, sum[t]);
     }
@@ -423,7 +428,8 @@ void vector(const VectorArgs& a) {
       const uint32_t line = m.line[r];
       const float sum = GATHERS ? dot_gathers(m.index, m.value, m.begin[r], m.begin[r + 1], a.x)
                                 : dot_loads(m.index, m.value, m.begin[r], m.begin[r + 1], a.x);
-      a.y[line] = a.bias != nullptr ? a.bias[line] + sum : sum;
+      const float y = a.bias != nullptr ? a.bias[line] + sum : sum;
+      a.y[line] = a.relu && y < 0 ? 0 : y;  // NaN stays
     }
   }
 }

@@ -30,6 +30,7 @@ struct ForwardArgs {
   float* x_tile;      // workspace [columns * T * width]
   float* y_tile;      // workspace [rows * T * width]
   int threads;
+  bool relu = false;  // max(y, 0)
 };
 
 struct BackwardArgs {
@@ -70,6 +71,7 @@ struct VectorArgs {
   float* y;
   bool gathers;  // this CPU's gather instructions are faster than eight loads
   int threads;
+  bool relu;
 };
 
 #define SL_DECLARE_MASKED_LINEAR(isa)                                               \

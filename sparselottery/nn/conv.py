@@ -54,15 +54,17 @@ class MaskedConv2d(MaskedWeight, nn.Conv2d):
         )
         self._start(mask)
 
+    def _decide(self, input, wanted):
+        """For `_route`: whether the library takes such a call."""
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return runs_dense(input, self.weight, self.weight_mask, *geometry, wanted), None
+
     def forward(self, input: Tensor) -> Tensor:
         premasked = self._premasked()
         if premasked:
             if self._nothing_pruned():
                 return super().forward(input)
-            shape = (self.stride, self.padding, self.dilation, self.groups)
-            if self.padding_mode == "zeros" and self._goes_to_library(
-                input, lambda wanted: runs_dense(input, self.weight, self.weight_mask, *shape, wanted)
-            ):
+            if self.padding_mode == "zeros" and self._route(input, lambda wanted: self._decide(input, wanted))[0]:
                 return self._conv_forward(input, self._weight_for_library(), self.bias)
         padding = self.padding
         if self.padding_mode != "zeros":

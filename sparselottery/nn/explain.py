@@ -216,6 +216,9 @@ def _masked_row(name, layer, measured):
         undecided = "not yet measured: not run so far, or only dense comes into question"
         return LayerRow(*arguments, "undecided", "; ".join(filter(None, (undecided, note))))
     backend = _backend_of(fitting)
+    if backend != "dense" and layer._call is not None and layer._call[1][0]:
+        reason = "the library's own layer: sparse kernels would save less than a call of them costs"
+        return LayerRow(*arguments, "dense", "; ".join(filter(None, (reason, note))), fitting)
     if block is not None and "triton" in backend:
         backend += f" (blocks of {block[0]}x{block[1]})"
     return LayerRow(*arguments, backend, note, fitting)

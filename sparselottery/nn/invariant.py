@@ -30,6 +30,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from .. import masks
 from ..masks import Mask
 from ..ops import bitmask, dispatch
+from ..ops.library import autocasts
 from . import averaging
 from .states import to_masked_state
 
@@ -65,12 +66,14 @@ class MaskedWeight:
         "_seen",
         "_dead",
         "_probe",
-        "_dense_calls",
+        "_call",
     )  # caches of one object on one device: never copied, never pickled
     _seen: tuple | None = None  # versions of weight and mask that are known to satisfy the invariant
     _dead: tuple[int, ...] | None = None  # where the mask has its first 0; None: nothing is pruned
     _probe: Tensor | None = None  # the weight at that place
-    _dense_calls: tuple | None = None  # the kind of call that dispatch has last sent to the library
+    _call: tuple | None = (
+        None  # the kind of call that came last, whether it goes to the library, and what else was found
+    )
 
     # ---- the mask ----
 
@@ -147,17 +150,33 @@ class MaskedWeight:
         )
         return wanted if True in wanted else None
 
-    def _goes_to_library(self, input: Tensor, runs_dense: Callable[[tuple | None], bool]) -> bool:
-        """Whether dispatch has already decided that this call is dense; asked anew only when something about it changes."""
+    def _route(self, input: Tensor, decide: Callable[[tuple | None], tuple[bool | None, object]]) -> tuple:
+        """What `decide` says of such a call, asked anew only when something about it changes.
+
+        That is: whether it goes to the library (None: not known yet, to be asked again), and anything that goes with the answer.
+        """
         if not isinstance(input, Tensor):
-            return False  # the op says what is wrong
-        wanted = self._wanted(input)
-        call = (input.shape, input.dtype, input.stride(), wanted, self._seen[3:], dispatch.state())
-        if self._dense_calls != call:
-            if not runs_dense(wanted):
-                return False
-            self.__dict__["_dense_calls"] = call
-        return True
+            return None, None  # the op says what is wrong
+        weight, wanted = self._parameters["weight"], self._wanted(input)
+        call = (
+            *(
+                input.shape,
+                input.dtype,
+                input.stride(),
+                input.device,
+                weight.shape,
+                weight.dtype,
+                weight.device,
+                wanted,
+            ),
+            *(self._seen[3:], dispatch.state(), autocasts(input.device)),
+        )
+        if self._call is None or self._call[0] != call:
+            answer = decide(wanted)
+            if answer[0] is None:
+                return answer
+            self.__dict__["_call"] = (call, answer)
+        return self._call[1]
 
     def _weight_for_library(self) -> Tensor:
         """The weight for torch's own dense layers: what comes back as its gradient through this use is masked.
@@ -363,7 +382,10 @@ def _after_step(optimizer: Optimizer, args, kwargs) -> None:
     keeps_zeros = getattr(optimizer, "masks_weights", False)
     for group in optimizer.param_groups:
         for param in group["params"]:
-            owners = [owner for owner in masks.owners_of(param) if isinstance(owner, MaskedWeight)]
+            owners = masks.owners_of(param)
+            if not owners:  # most parameters of most models: this is asked of every optimizer in the process
+                continue
+            owners = [owner for owner in owners if isinstance(owner, MaskedWeight)]
             if not owners:
                 continue
             first = owners[0]

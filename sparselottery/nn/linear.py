@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from ..masks import Mask
 from ..ops import bitmask, block_linear
-from ..ops.masked_linear import masked_linear, runs_dense
+from ..ops.library import nothing_watches
+from ..ops.masked_linear import backends, masked_linear, prepared, runs_dense
 from .invariant import MaskedWeight
 
 
@@ -21,10 +22,13 @@ class _ByBlocks:
             if block != self._block:
                 self.__dict__["_block"] = block
 
-    def _runs_dense(self, input, weight, words, wanted):
-        if self._block is None:
-            return runs_dense(input, weight, words, wanted)
-        return block_linear.runs_dense(input, weight, words, self._block, wanted)
+    def _decide(self, input, weight, words, wanted):
+        """For `_route`: whether the library takes such a call, and the backends that do if it does not."""
+        self._find_block(input, words, weight.shape)
+        if self._block is not None:
+            return block_linear.runs_dense(input, weight, words, self._block, wanted), None
+        dense = runs_dense(input, weight, words, wanted)
+        return dense, backends(input, weight, words, wanted) if dense is False else None
 
     def _masked(self, input, weight, words, premasked):
         # Compiled code can't ask what blocks the mask has: it goes by what the last eager forward found.
@@ -66,11 +70,12 @@ class MaskedLinear(_ByBlocks, MaskedWeight, nn.Linear):
         if premasked:
             if self._nothing_pruned():
                 return super().forward(input)
-            self._find_block(input, self.weight_mask, self.weight.shape)
-            if self._goes_to_library(
-                input, lambda wanted: self._runs_dense(input, self.weight, self.weight_mask, wanted)
-            ):
-                return F.linear(input, self._weight_for_library(), self.bias)
+            weight, words, bias = self._parameters["weight"], self._buffers["weight_mask"], self._parameters["bias"]
+            dense, names = self._route(input, lambda wanted: self._decide(input, weight, words, wanted))
+            if dense:
+                return F.linear(input, self._weight_for_library(), bias)
+            if names is not None and type(input) is Tensor and nothing_watches():
+                return prepared(input, weight, words, bias, names)
         return self._masked(input, self.weight, self.weight_mask, premasked)
 
 
@@ -90,10 +95,8 @@ class MaskedConv1D(_ByBlocks, MaskedWeight):
         if premasked and self._nothing_pruned():
             return super().forward(x)
         words = self._words_by_output(cached=premasked)
-        if premasked:
-            self._find_block(x, words, self.weight.shape[::-1])
-            if self._goes_to_library(x, lambda wanted: self._runs_dense(x, self.weight.t(), words, wanted)):
-                return F.linear(x, self._weight_for_library().t(), self.bias)
+        if premasked and self._route(x, lambda wanted: self._decide(x, self.weight.t(), words, wanted))[0]:
+            return F.linear(x, self._weight_for_library().t(), self.bias)
         return self._masked(x, self.weight.t(), words, premasked)
 
     def _words_by_output(self, cached: bool) -> Tensor:

@@ -172,16 +172,14 @@ def _choose(direction, key, t, candidates, triton):
     return candidates[name]()
 
 
-def runs_dense(x: Tensor, weight: Tensor, words: Tensor, block, wanted: tuple[bool, bool, bool] | None) -> bool:
-    """Whether this call is already known to go to the library, as in `masked_linear.runs_dense`."""
+def runs_dense(x: Tensor, weight: Tensor, words: Tensor, block, wanted: tuple[bool, bool, bool] | None) -> bool | None:
+    """Whether the layer does best to call the library directly, as in `masked_linear.runs_dense`."""
     if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.dtype is not weight.dtype or x.device != weight.device:
-        return False  # the op says what is wrong
-
-    def dense(direction, *extra):
-        key = _key(direction, x, weight, words, block, True, *extra)
-        return dispatch.decided(OP, key, lambda: "dense") == "dense"
-
-    return dense("forward") and (wanted is None or not (wanted[0] or wanted[1]) or dense("backward", *wanted))
+        return None  # the op says what is wrong
+    keys = [_key("forward", x, weight, words, block, True)]
+    if wanted is not None and (wanted[0] or wanted[1]):
+        keys.append(_key("backward", x, weight, words, block, True, *wanted))
+    return dispatch.goes_to_library(OP, [(key, lambda: "dense") for key in keys])
 
 
 # ---- the ops ----

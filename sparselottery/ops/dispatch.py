@@ -8,7 +8,10 @@ backend is fastest, rounded so that near calls share one measurement. The decisi
 2. Inside `with reproducible():` the op's own fixed rule decides. No stopwatch, so a rerun takes the same path bit for bit.
 3. A measurement already in memory, or in the JSON file of this machine under `SPARSELOTTERY_CACHE` (default
    `~/.cache/sparselottery`).
-4. A measurement now: every candidate, interleaved, medians. A sparse backend must beat dense by `MARGIN` and `CALL`.
+4. A measurement now: every candidate, interleaved, medians. A sparse backend must beat dense by `MARGIN`.
+
+A masked layer may go past its op straight to the library (`goes_to_library`), where what the sparse kernels of its forward and
+backward pass save together is less than the op's own calls cost (`CALL`).
 """
 
 import ast
@@ -33,8 +36,8 @@ from .. import _ext
 
 MARGIN = 0.03  # how much faster than dense a sparse backend must be to be chosen, as a fraction of dense's time
 # Seconds that a call costs besides its kernel when it is not the library's own: autograd functions in Python, with the caches
-# that a training step leaves behind. Dense layers are spared it (nn/invariant.py), so a sparse kernel must earn it.
-CALL = {"forward": 60e-6, "backward": 120e-6}
+# that a training step leaves behind. Layers that go to the library are spared it, so sparse kernels must earn it.
+CALL = {"forward": 10e-6, "backward": 15e-6}
 BACKENDS = ("dense", "cpu", "triton", "cuda", "reference")
 KEY_FIELDS = ("direction", "shape", "dtype", "density_bucket", "batch", "threads", "device")
 
@@ -166,7 +169,7 @@ def choose(op: str, key: tuple, candidates: dict[str, Callable[[], object]], *, 
             return "dense"  # a stopwatch would end the capture; a call before the capture will have been measured
         if name is None:
             seconds = measure(measured)
-            name = fastest(seconds, CALL.get(key[0], 0.0))
+            name = fastest(seconds)
             record = {"op": op, "key": repr(key), "backend": name, "source": "measured"}
             record["us"] = {candidate: round(s * 1e6, 3) for candidate, s in seconds.items()}
             _records[op, repr(key)] = record
@@ -175,10 +178,35 @@ def choose(op: str, key: tuple, candidates: dict[str, Callable[[], object]], *, 
     return name
 
 
-def fastest(seconds: dict[str, float], call: float = 0.0) -> str:
-    """Dense, unless the fastest of the others beats it by MARGIN, `call` seconds added to its time."""
+def goes_to_library(op: str, calls: list[tuple[Hashable, Callable[[], str]]]) -> bool | None:
+    """Whether a layer should leave a forward pass, or a forward and a backward pass, to the library's own dense layer.
+
+    It then pays for dense products alone. If it calls the op, it pays CALL for each pass and gets the backend chosen for each.
+
+    Args:
+        calls: (key, rule) of each pass, as `choose` takes them.
+
+    Returns:
+        None where that is not known: something has not been measured yet, or the environment has a say.
+    """
+    names = [decided(op, key, rule) for key, rule in calls]
+    if None in names:
+        return None
+    if _reproducible or set(names) == {"dense"}:
+        return "dense" in names
+    with _lock:
+        measured = [_records.get((op, repr(key))) for key, _ in calls]
+    if None in measured:
+        return None
+    dense = sum(m["us"]["dense"] for m in measured)
+    ours = sum(m["us"][name] for m, name in zip(measured, names, strict=True))
+    return ours + sum(CALL[key[0]] for key, _ in calls) * 1e6 >= dense * (1 - MARGIN)
+
+
+def fastest(seconds: dict[str, float]) -> str:
+    """Dense, unless the fastest of the others beats it by MARGIN."""
     best = min(seconds, key=seconds.get)
-    return best if seconds[best] + call < seconds["dense"] * (1 - MARGIN) else "dense"
+    return best if seconds[best] < seconds["dense"] * (1 - MARGIN) else "dense"
 
 
 def measure(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -276,7 +304,8 @@ def fingerprint() -> dict[str, str]:
     isa = _ext.extension().cpu_isa() if _ext.WHY_NOT is None else "none"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     version = _ext.package_version("sparselottery")  # None: imported from a source tree that was never installed
-    return {"cpu": _ext.cpu_model(), "isa": isa, "gpu": gpu, "torch": torch.__version__, "sparselottery": version}
+    about = {"cpu": _ext.cpu_model(), "isa": isa, "gpu": gpu, "torch": torch.__version__, "sparselottery": version}
+    return about | {"format": "2"}  # of the records: 1 had decisions that counted CALL
 
 
 def cache_file() -> Path:

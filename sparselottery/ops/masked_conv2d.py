@@ -168,23 +168,21 @@ def _choose(direction, x, weight, words, arguments, candidates, extra):
     return candidates[name]()
 
 
-def runs_dense(x, weight, words, stride, padding, dilation, groups, wanted) -> bool:
-    """Whether this call is already known to go to the library: a caller with a masked weight may then call it directly.
+def runs_dense(x, weight, words, stride, padding, dilation, groups, wanted) -> bool | None:
+    """Whether a caller with a masked weight does best to call the library directly; None: not known yet.
 
     The arguments are those of `masked_conv2d`, x `[N, C, H, W]`, pairs of ints; `wanted`: which gradients (x, weight, bias)
     will be asked for, None: no backward.
     """
     if x.ndim != 4 or x.dtype is not weight.dtype or x.device != weight.device or isinstance(padding, str):
-        return False
+        return None
     if (not x.is_cuda and not _cpu_can(x, weight)) or _density(words, weight) > _WORTH_TRYING:
-        return dispatch.forced() is None
+        return dispatch.forced() is None or None
     arguments = stride, padding, dilation, groups
-
-    def dense(direction, *extra):
-        key = _key(direction, x, weight, words, arguments, extra)
-        return dispatch.decided(OP, key, lambda: _rule(x, weight, _density(words, weight))) == "dense"
-
-    return dense("forward", True) and (wanted is None or dense("backward", True, wanted))
+    keys = [_key("forward", x, weight, words, arguments, (True,))]
+    if wanted is not None:
+        keys.append(_key("backward", x, weight, words, arguments, (True, wanted)))
+    return dispatch.goes_to_library(OP, [(key, lambda: _rule(x, weight, _density(words, weight))) for key in keys])
 
 
 _RULE_DENSITY = 0.12

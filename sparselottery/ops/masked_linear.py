@@ -1,8 +1,10 @@
 """Masked linear layer as an op: y = x (W∘M)ᵀ + b, with dX = dY (W∘M), dW∘M and db.
 
 Source: the subnetwork f(x; m∘θ) of Frankle & Carbin 2019, section 1. Backends: reference; dense (the library's matmul, the
-mask applied to dW in place); cpu (csrc/cpu/masked_linear.cpp, float32, unstructured sparse); triton; bf16x6 (fp32_linear.py,
-where it is allowed); cuda (sparse_linear.py, masks of high sparsity). `dispatch` chooses.
+mask applied to dW in place); cpu (csrc/cpu/masked_linear.cpp, unstructured sparse; float32, and bfloat16 computed in float32);
+triton; bf16x6 (fp32_linear.py, where it is allowed); cuda (sparse_linear.py, masks of high sparsity). `dispatch` chooses.
+
+With `activation="relu"` max(y, 0) comes out: on the CPU from the sparse kernel itself, elsewhere from one more pass over y.
 
 A weight off the mask counts as +0 whatever it holds, NaN and inf too. Where x or dY holds inf or NaN, a sparse backend
 leaves out the products with dead weights that a dense one turns into NaN.
@@ -23,9 +25,12 @@ OP = "masked_linear"
 
 # Where no sparse backend has ever won: not worth a measurement.
 _SMALLEST = 4096  # weights
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 _MOST = 2**32  # weights that the CPU index can number
 
-LIBRARY.define("masked_linear(Tensor x, Tensor weight, Tensor words, Tensor? bias, bool premasked) -> Tensor")
+LIBRARY.define(
+    "masked_linear(Tensor x, Tensor weight, Tensor words, Tensor? bias, bool premasked, bool relu=False) -> Tensor"
+)
 LIBRARY.define(
     "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor words, bool premasked, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor)"
@@ -89,21 +94,28 @@ def _unit_rows(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _cpu(x, weight, words, bias):
+def _cpu(x, weight, words, bias, relu=False):
     weight = weight.contiguous()
     shape = tuple(weight.shape)
+    dtype = x.dtype
+    if dtype is not torch.float32:
+        x, bias = x.float(), None if bias is None else bias.float()
     rows = _unit_rows(x)
     y = rows.new_empty(rows.shape[0], shape[0])
     bias = bias.contiguous() if bias is not None else None
-    plan_of(words, weight, shape).forward(
+    plan, values = plan_of(words, weight, shape)
+    plan.forward(
+        *values,
         rows.data_ptr(),
         rows.stride(0),
         rows.shape[0],
-        weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         0,
+        relu,
     )
+    if dtype is not torch.float32:
+        y = y.to(dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], shape[0])
 
 
@@ -113,26 +125,29 @@ def _cpu_backward(grad, x, weight, words, output_mask, watched=False):
         return _dense_backward(grad, x, weight, words, True, output_mask)
     weight = weight.contiguous()
     shape = tuple(weight.shape)
-    plan = plan_of(words, weight, shape)
+    dtype = grad.dtype
+    if dtype is not torch.float32:
+        grad, x = grad.float(), x.float() if output_mask[1] else x
+    plan, values = plan_of(words, weight, shape)
     rows = _unit_rows(grad)
     inputs = _unit_rows(x) if output_mask[1] else None
     dx = grad.new_empty(*grad.shape[:-1], shape[1]) if output_mask[0] else _none(grad)
     memory, is_zero = None, False
     if not output_mask[1]:
         dw = _none(grad)
-    elif words.is_inference() or weight.is_inference():  # the plan goes with this call
-        dw = torch.empty(shape, dtype=torch.float32, device="cpu")
+    elif dtype is not torch.float32 or words.is_inference() or weight.is_inference():  # the plan may go with this call
+        dw = torch.empty(shape, dtype=dtype, device="cpu")
     else:
         memory = index_of(words, shape).gradient
         dw, is_zero = memory.lend(shape, plan)
     db = grad.new_empty(shape[0]) if output_mask[2] else _none(grad)
     plan.backward(
+        *values,
         rows.data_ptr(),
         rows.stride(0),
         0 if inputs is None else inputs.data_ptr(),
         0 if inputs is None else inputs.stride(0),
         rows.shape[0],
-        weight.data_ptr(),
         dx.data_ptr() if output_mask[0] else 0,
         dw.data_ptr() if output_mask[1] else 0,
         db.data_ptr() if output_mask[2] else 0,
@@ -141,7 +156,7 @@ def _cpu_backward(grad, x, weight, words, output_mask, watched=False):
     )
     if watched and memory is not None:
         memory.written(dw, plan)
-    return dx, dw, db
+    return (dx, dw, db) if dtype is torch.float32 else (dx.to(dtype), dw.to(dtype), db.to(dtype))
 
 
 # ---- triton ----
@@ -173,7 +188,7 @@ def _key(direction, t, weight, words, *extra):
     if numel < _SMALLEST or numel >= _MOST:
         return None
     if t.is_cpu:
-        if t.dtype is not torch.float32 or _ext.WHY_NOT is not None or not weight.is_contiguous():
+        if t.dtype not in CPU_DTYPES or _ext.WHY_NOT is not None or not weight.is_contiguous():
             return None
     elif not t.is_cuda:
         return None
@@ -189,7 +204,7 @@ def _key(direction, t, weight, words, *extra):
     batch = t.numel() // t.shape[-1]
     if batch == 0:
         return None
-    dtype = "float32" if t.is_cpu else str(t.dtype)[6:]
+    dtype = "float32" if t.dtype is torch.float32 else str(t.dtype)[6:]
     batch = dispatch.batch_bucket(batch)
     extra += (fp32_linear.NAME,) if emulated else ()  # there is one candidate more
     return (direction, shape, dtype, index.bucket, batch, torch.get_num_threads(), t.device.type, *extra)
@@ -202,7 +217,7 @@ def _candidates(t, density, dense, cpu, triton, plain, emulated, cuda):
         candidates["cuda"] = cuda
     if fp32_linear.takes(t):
         candidates[fp32_linear.NAME] = emulated
-    if t.dtype is torch.float32 and t.is_cpu and _ext.WHY_NOT is None:
+    if t.is_cpu and t.dtype in CPU_DTYPES and _ext.WHY_NOT is None:
         candidates["cpu"] = cpu
     if t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
         from .. import kernels
@@ -231,8 +246,8 @@ _RULE_WEIGHTS = 100_000
 
 def _rule(key):
     """The choice of a reproducible run: a function of instruction set, shape, density and batch alone."""
-    direction, shape, _, bucket, batch, _, device, *_ = key
-    if device != "cpu" or (batch >= 16 and shape[0] * shape[1] * batch < _RULE_WORK):
+    direction, shape, dtype, bucket, batch, _, device, *_ = key
+    if device != "cpu" or dtype != "float32" or (batch >= 16 and shape[0] * shape[1] * batch < _RULE_WORK):
         return "dense"
     densest = _RULE[_ext.extension().cpu_isa()]
     if batch < 16:
@@ -241,51 +256,81 @@ def _rule(key):
     return "cpu" if dispatch.bucket_density(bucket) <= densest else "dense"
 
 
-def runs_dense(x: Tensor, weight: Tensor, words: Tensor, wanted: tuple[bool, bool, bool] | None) -> bool:
-    """Whether this call is already known to go to the library: a caller with a masked weight may then call it directly.
+def _keys(x, weight, words, wanted):
+    """dispatch's keys for the passes of one use of a masked weight: forward, and backward if it will be asked for x or weight."""
+    keys = [_key("forward", x, weight, words, True)]
+    if wanted is not None and (wanted[0] or wanted[1]):  # grad has the batch, dtype and device of x
+        keys.append(_key("backward", x, weight, words, True, *wanted))
+    return keys
+
+
+def runs_dense(x: Tensor, weight: Tensor, words: Tensor, wanted: tuple[bool, bool, bool] | None) -> bool | None:
+    """Whether a caller with a masked weight does best to call the library directly; None: not known yet.
 
     The arguments are those of `masked_linear`; `wanted`: which gradients (x, weight, bias) will be asked for, None: no backward.
     """
     if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.dtype is not weight.dtype or x.device != weight.device:
-        return False  # the op says what is wrong
-    key = _key("forward", x, weight, words, True)
-    if dispatch.decided(OP, key, lambda: _rule(key)) != "dense":
-        return False
-    if wanted is None or not (wanted[0] or wanted[1]):
-        return True
-    # grad has the batch, dtype and device of x.
-    key = _key("backward", x, weight, words, True, *wanted)
-    return dispatch.decided(OP, key, lambda: _rule(key)) == "dense"
+        return None  # the op says what is wrong
+    keys = _keys(x, weight, words, wanted)
+    return dispatch.goes_to_library(OP, [(key, lambda key=key: _rule(key)) for key in keys])
+
+
+def backends(x: Tensor, weight: Tensor, words: Tensor, wanted: tuple[bool, bool, bool] | None) -> tuple | None:
+    """(forward, backward or None) of a call that `runs_dense` said False of, for `prepared`; None where it can't take it."""
+    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
+    names = [dispatch.decided(OP, key, lambda key=key: _rule(key)) for key in _keys(x, weight, words, wanted)]
+    if not {"dense", "cpu"}.issuperset(names):
+        return None
+    return (*names, None if wanted is None else "dense")[:2]
+
+
+def prepared(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, names: tuple) -> Tensor:
+    """`masked_linear` for a masked layer that asked `backends` for the names for just such a call: little is looked at again.
+
+    The layer answers for the weight being masked, and for nothing being there that wants to see the op itself.
+    """
+    if bias is not None and (bias.dtype is not x.dtype or bias.shape[0] != weight.shape[0] or not bias.is_cpu):
+        return masked_linear(x, weight, words, bias, premasked=True)  # which says what is wrong
+    if names[1] is not None:
+        return _MaskedLinear.apply(x, weight, words, bias, True, False, names)
+    return _cpu(x, weight, words, bias) if names[0] == "cpu" else _dense(x, weight, words, bias, True)
 
 
 # ---- the ops ----
 
 
-def _forward(x, weight, words, bias, premasked):
+def _forward(x, weight, words, bias, premasked, relu=False):
     key = _key("forward", x, weight, words, premasked)
     name = dispatch.lookup(OP, key)
-    if name == "dense":
-        return _dense(x, weight, words, bias, premasked)
     if name == "cpu":
-        return _cpu(x, weight, words, bias)
-    candidates = _candidates(
-        x,
-        key and dispatch.bucket_density(key[3]),
-        lambda: _dense(x, weight, words, bias, premasked),
-        lambda: _cpu(x, weight, words, bias),
-        lambda: _triton().forward(_rows(x), weight, words, bias).view(*x.shape[:-1], weight.shape[0]),
-        lambda: reference.masked_linear(x, weight, words, bias),
-        lambda: fp32_linear.forward(x, _masked(weight, words, premasked), bias),
-        lambda: sparse_linear.forward(x, weight, words, bias),
-    )
-    return candidates[name or _choose("forward", key, candidates)]()
+        return _cpu(x, weight, words, bias, relu)
+    if name == "dense":
+        y = _dense(x, weight, words, bias, premasked)
+    else:
+        candidates = _candidates(
+            x,
+            key and dispatch.bucket_density(key[3]),
+            lambda: _dense(x, weight, words, bias, premasked),
+            lambda: _cpu(x, weight, words, bias),
+            lambda: _triton().forward(_rows(x), weight, words, bias).view(*x.shape[:-1], weight.shape[0]),
+            lambda: reference.masked_linear(x, weight, words, bias),
+            lambda: fp32_linear.forward(x, _masked(weight, words, premasked), bias),
+            lambda: sparse_linear.forward(x, weight, words, bias),
+        )
+        name = name or _choose("forward", key, candidates)
+        if name == "cpu":
+            return _cpu(x, weight, words, bias, relu)
+        y = candidates[name]()
+    return y.relu_() if relu else y
 
 
-def _backward(grad, x, weight, words, premasked, output_mask, watched=False):
+def _backward(grad, x, weight, words, premasked, output_mask, watched=False, name=None):
     key = None
-    if output_mask[0] or output_mask[1]:
-        key = _key("backward", grad, weight, words, premasked, *output_mask)
-    name = dispatch.lookup(OP, key)
+    if name is None:
+        if output_mask[0] or output_mask[1]:
+            key = _key("backward", grad, weight, words, premasked, *output_mask)
+        name = dispatch.lookup(OP, key)
     if name == "dense":
         return _dense_backward(grad, x, weight, words, premasked, output_mask)
     if name == "cpu":
@@ -308,7 +353,7 @@ LIBRARY.impl("masked_linear_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("sparselottery::masked_linear")
-def _(x, weight, words, bias, premasked):
+def _(x, weight, words, bias, premasked, relu=False):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -321,28 +366,39 @@ def _(grad, x, weight, words, premasked, output_mask):
 class _MaskedLinear(torch.autograd.Function):
     # forward takes ctx: with a setup_context apart, `apply` inspects forward's signature on each call (20 of 28 us).
     @staticmethod
-    def forward(ctx, x, weight, words, bias, premasked):
-        ctx.premasked = premasked
-        # As F.linear does, keep x only where dW will be asked for.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), weight, words)
+    def forward(ctx, x, weight, words, bias, premasked, relu, names):
+        if names is not None:  # see `prepared`
+            ctx.arguments = True, False, names[1]
+            ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, words, None)
+            return _cpu(x, weight, words, bias) if names[0] == "cpu" else _dense(x, weight, words, bias, True)
+        ctx.arguments = premasked, relu, None
         op = _forward if is_plain(x, weight) else torch.ops.sparselottery.masked_linear  # the dispatcher costs 7 us
-        return op(x, weight, words, bias, premasked)
+        y = op(x, weight, words, bias, premasked, relu)
+        # As F.linear does, keep x only where dW will be asked for.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, words, y if relu else None)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, words = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+        x, weight, words, y = ctx.saved_tensors
+        premasked, relu, name = ctx.arguments
+        asked = ctx.needs_input_grad
+        wanted = [asked[0], asked[1], asked[3]]
         if torch.is_grad_enabled():  # create_graph=True: the same in differentiable torch
+            if relu:
+                grad = torch.where(y <= 0, 0, grad)
             dx, dw, db = _differentiable_backward(grad, x, weight, words, wanted)
         else:
+            if relu:
+                grad = torch.ops.aten.threshold_backward(grad, y, 0)
             if is_plain(grad, weight):
-                gradients = _backward(grad, x, weight, words, ctx.premasked, wanted, watched=True)
+                dx, dw, db = _backward(grad, x, weight, words, premasked, wanted, True, name)
             else:
-                gradients = torch.ops.sparselottery.masked_linear_backward(
-                    grad, x, weight, words, ctx.premasked, wanted
-                )
-            dx, dw, db = (g if asked else None for g, asked in zip(gradients, wanted, strict=True))
-        return dx, dw, None, db, None
+                x = grad.new_empty(0) if x is None else x
+                dx, dw, db = torch.ops.sparselottery.masked_linear_backward(grad, x, weight, words, premasked, wanted)
+        return (
+            dx if asked[0] else None, dw if asked[1] else None, None, db if asked[3] else None, None, None, None,
+        )  # fmt: skip
 
 
 def _differentiable_backward(grad, x, weight, words, wanted):
@@ -353,7 +409,13 @@ def _differentiable_backward(grad, x, weight, words, wanted):
 
 
 def masked_linear(
-    x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = None, *, premasked: bool = False
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    bias: Tensor | None = None,
+    *,
+    premasked: bool = False,
+    activation: str | None = None,
 ) -> Tensor:
     """Apply a linear layer whose weight is masked by bits.
 
@@ -363,6 +425,7 @@ def masked_linear(
         words: int32 `[out_features, ceil(in_features / 32)]`; bit i of word w keeps column 32 w + i.
         bias: `[out_features]` or None.
         premasked: the caller's promise that `weight` is 0 wherever the mask is; it spares the dense backend a masked copy.
+        activation: None, or "relu": max(y, 0) comes out instead of y, without a pass of its own where the kernel can.
 
     Returns:
         `[*, out_features]`. The gradient of `weight` is zero wherever the mask is. Differentiable twice;
@@ -370,19 +433,23 @@ def masked_linear(
 
     Raises:
         TypeError: not a tensor; a dtype that is not floating point, or that differs between arguments.
-        ValueError: a shape or device that does not fit; the message names the argument.
+        ValueError: a shape or device that does not fit, an unknown activation; the message names the argument.
     """
     check_tensors(x, weight, words, bias)
+    if activation is not None and activation != "relu":
+        raise ValueError(f'activation: expected None or "relu", got {activation!r}')
+    relu = activation is not None
     if autocasts(x.device):
         x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, words, bias)
     if transformed():
-        return reference.masked_linear(x, weight, words, bias)
+        y = reference.masked_linear(x, weight, words, bias)
+        return y.relu() if relu else y
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _MaskedLinear.apply(x, weight, words, bias, premasked)
-    return torch.ops.sparselottery.masked_linear(x, weight, words, bias, premasked)
+        return _MaskedLinear.apply(x, weight, words, bias, premasked, relu, None)
+    return torch.ops.sparselottery.masked_linear(x, weight, words, bias, premasked, relu)
 
 
 def _autocast(*tensors):

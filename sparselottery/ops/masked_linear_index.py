@@ -33,15 +33,14 @@ class Index:
         self.gradient = Memory()
 
     def plan_for(self, words, weight):
-        """The index with this weight's values, or with none, so that they will be gathered."""
+        """The extension's plan, and what tells it the weight whose values it needs."""
         words = words.contiguous()
         same = self.weight is not None and self.weight() is weight
         if not same:
             self.weight = weakref.ref(weight)
-        if self.plan is None or not self.plan.use(words.data_ptr(), weight.data_ptr(), weight._version, same):
+        if self.plan is None or not self.plan.same_words(words.data_ptr()):
             self.plan = _ext.extension().CpuMaskedLinearPlan(words.data_ptr(), *self.shape)
-            self.plan.use(words.data_ptr(), weight.data_ptr(), weight._version, False)
-        return self.plan
+        return self.plan, (weight.data_ptr(), weight.dtype is torch.bfloat16, weight._version, same)
 
 
 class Memory:
@@ -101,8 +100,9 @@ def index_of(words, shape):
 
 
 def plan_of(words, weight, shape):
-    """The extension's plan for this mask, with this weight's values where they can be kept."""
+    """The extension's plan for this mask, and the arguments that name this contiguous weight, whose values it may keep."""
     if words.is_inference() or weight.is_inference():  # no version counter: nothing may outlive the call
         words = words.contiguous()
-        return _ext.extension().CpuMaskedLinearPlan(words.data_ptr(), *shape)
+        plan = _ext.extension().CpuMaskedLinearPlan(words.data_ptr(), *shape)
+        return plan, (weight.data_ptr(), weight.dtype is torch.bfloat16, 0, False)
     return index_of(words, shape).plan_for(words, weight)

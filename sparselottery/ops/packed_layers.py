@@ -86,22 +86,20 @@ def _linear_backward_dense(grad, x, values, words, shape, transposed, output_mas
 
 
 def _linear_plan(values, words, shape):
+    """The plan of a mask, and the arguments that name these contiguous values."""
     if words.is_inference() or values.is_inference():  # no version counter: nothing may outlive the call
         plan = extension().CpuMaskedLinearPlan(words.data_ptr(), *shape, True)
         check_count(values.numel(), plan.count())
-        return plan
+        return plan, (values.data_ptr(), False, 0, False)
     kept = derived.of(words)
     plan, last = kept.get(("packed plan", shape), (None, None))
-    if plan is not None:
-        check_count(values.numel(), plan.count())
     same = last is not None and last() is values
-    if plan is None or not plan.use(words.data_ptr(), values.data_ptr(), values._version, same):
+    if plan is None or not plan.same_words(words.data_ptr()):
         plan, same = extension().CpuMaskedLinearPlan(words.data_ptr(), *shape, True), False
-        check_count(values.numel(), plan.count())
-        plan.use(words.data_ptr(), values.data_ptr(), values._version, False)
+    check_count(values.numel(), plan.count())
     if not same:
         kept["packed plan", shape] = plan, weakref.ref(values)
-    return plan
+    return plan, (values.data_ptr(), False, values._version, same)
 
 
 def _unit_rows(t):
@@ -115,14 +113,16 @@ def _linear_cpu(x, values, words, bias, shape):
     bias = None if bias is None else bias.contiguous()
     rows = _unit_rows(x)
     y = rows.new_empty(rows.shape[0], shape[0])
-    _linear_plan(values, words, tuple(shape)).forward(
+    plan, weight = _linear_plan(values, words, tuple(shape))
+    plan.forward(
+        *weight,
         rows.data_ptr(),
         rows.stride(0),
         rows.shape[0],
-        values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         0,
+        False,
     )
     return y.view(*x.shape[:-1], shape[0])
 
@@ -134,13 +134,14 @@ def _linear_backward_cpu(grad, x, values, words, shape, output_mask):
     dx = grad.new_empty(*grad.shape[:-1], shape[1]) if output_mask[0] else _none(grad)
     dvalues = torch.empty_like(values) if output_mask[1] else _none(grad)
     db = grad.new_empty(shape[0]) if output_mask[2] else _none(grad)
-    _linear_plan(values, words, tuple(shape)).backward(
+    plan, weight = _linear_plan(values, words, tuple(shape))
+    plan.backward(
+        *weight,
         rows.data_ptr(),
         rows.stride(0),
         0 if inputs is None else inputs.data_ptr(),
         0 if inputs is None else inputs.stride(0),
         rows.shape[0],
-        values.data_ptr(),
         dx.data_ptr() if output_mask[0] else 0,
         dvalues.data_ptr() if output_mask[1] else 0,
         db.data_ptr() if output_mask[2] else 0,
