@@ -1,7 +1,7 @@
 """A lottery ticket in reinforcement learning: REINFORCE on CartPole.
 
     pip install gymnasium
-    python examples/cartpole_ticket.py --rounds 3 --episodes 200 --seeds 2
+    python examples/cartpole_ticket.py --rounds 2 --episodes 150 --seeds 2
 
 The policy learns from its own episodes, so there is no data set and no accuracy: `fit` says how good the policy is as the mean
 return of its last episodes over the largest possible one. `sl.imp` does not mind.
@@ -60,9 +60,9 @@ def fit(policy, *, seed, budget, longest=200, lr=3e-3):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=0.4)
-    parser.add_argument("--episodes", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=0.5)
+    parser.add_argument("--episodes", type=int, default=150)
     parser.add_argument("--longest", type=int, default=200, help="steps of an episode, at most")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", default="cartpole.safetensors")

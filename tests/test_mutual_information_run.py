@@ -219,7 +219,7 @@ def test_figures(finished):
     made = analysis.figures("mutual-information", saved["numbers"])
     assert [f.name for f in made] == ["neuron_tickets", "neuron_overlap", "neuron_information"]
     accuracy, overlap, information = made
-    assert [row[0] for row in accuracy.rows] == ["dense", *METHODS] and finished[0]["verdict"] in accuracy.caption
+    assert [row[0] for row in accuracy.rows] == ["dense", *METHODS] and "keep 20 % of the neurons" in accuracy.caption
     mean = finished[0]["methods"]["imp"]["test_accuracy"]["mean"]
     assert accuracy.rows[3][1].startswith(f"{100 * mean:.2f} ± ")
     assert overlap.header == ["", *METHODS] and overlap.rows[0][1].startswith("100.0 ± 0.0 (chance 20.0)")
