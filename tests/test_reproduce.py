@@ -89,6 +89,9 @@ def result_of(run):
     if isinstance(run, hparams.MutualInformation):
         method = {**figures, "cost": {"relative": {"mean": 2.0}}}
         return {"dense": figures, "methods": dict.fromkeys(run.methods, method)}
+    if isinstance(run, hparams.Supermask):
+        masks = ("learned", "criterion", "random-mask")
+        return {"methods": {mask: {**figures, "density": {"mean": 0.5, "ci95": 0.1}} for mask in masks}}
     if isinstance(run, hparams.EarlyBird):
         levels = [{"density": d, "ticket": figures} for d in (1.0, run.density)]
         cost = {"ratio": {"imp / early-bird": {"seconds": 4.0}}}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from .claims import Claim, Found, points_between
 from .figures import FINAL, Figure
-from .hparams import EarlyBird, MutualInformation
+from .hparams import EarlyBird, MutualInformation, Supermask
 
 # ---- neurons by mutual information: proposed, no paper's; what it must show to be of use ----
 
@@ -131,7 +131,60 @@ EARLY_BIRD = Figure(
     panels=early_bird_panels,
 )  # fmt: skip
 
+# ---- supermasks: Zhou et al., arXiv 1905.01067, section 5 and table 1 (MNIST, fully connected) ----
+
+
+def _accuracy_under(mask: str):
+    return lambda found: 100 * found["supermask"]["methods"][mask]["test_accuracy"]["mean"]
+
+
+def _supermask_claims(learned, criterion, gap) -> tuple[Claim, ...]:
+    """The arguments are tolerances."""
+    return (
+        Claim("untrained weights under a learned mask, test accuracy in percent",
+              _accuracy_under("learned"), 95.3, learned, "least"),
+        Claim("untrained weights under a mask by large-final-same-sign, test accuracy in percent",
+              _accuracy_under("criterion"), 86.0, criterion, "least"),
+        Claim("under the mask by criterion they are above a random mask, in points",
+              points_between(_accuracy_under("criterion"), _accuracy_under("random-mask")), 76.0, gap, "least"),
+    )  # fmt: skip
+
+
+def mask_panels(found: Found) -> list[dict]:
+    """Accuracy under each mask at its density."""
+    series = []
+    for name, figures in found["supermask"]["methods"].items():
+        accuracy = figures["test_accuracy"]
+        point = [figures["density"]["mean"], 100 * accuracy["mean"], 100 * (accuracy["ci95"] or 0)]
+        series.append({"name": name, "points": [point]})
+    return [{"label": "test accuracy, %", "series": series}]
+
+
+_SUPERMASK = Supermask(
+    data="mnist", budget="50000it", mask_budget="50000it", validation=5000, evaluate_every=500, evaluate_test="improved"
+)
+SUPERMASK = Figure(
+    "Supermasks over untrained weights, LeNet-300-100 on MNIST",
+    runs={
+        "paper": {"supermask": _SUPERMASK},
+        "short": {"supermask": replace(_SUPERMASK, budget="5000it", mask_budget="3000it", evaluate_every=250, seeds=3)},
+        "smoke": {
+            "supermask": replace(
+                _SUPERMASK, budget="500it", mask_budget="200it", validation=500, test=2000, evaluate_every=100, seeds=2,
+                densities=(0.5, 0.3),
+            )
+        },
+    },
+    claims={
+        "paper": _supermask_claims(learned=2.0, criterion=5.0, gap=10.0),
+        "short": _supermask_claims(learned=6.0, criterion=11.0, gap=16.0),
+        "smoke": _supermask_claims(learned=30.0, criterion=36.0, gap=46.0),
+    },
+    panels=mask_panels,
+)  # fmt: skip
+
 FIGURES = {
     "early-bird": EARLY_BIRD,
     "mutual-information": MUTUAL_INFORMATION,
+    "supermask": SUPERMASK,
 }
