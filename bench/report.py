@@ -1,9 +1,10 @@
 """Tables from a CSV of run.py.
 
     python bench/report.py FILE.csv [...]                 every case, one line each
-    python bench/report.py FILE.csv [...] --readme        rewrites the table of README.md between its two markers
+    python bench/report.py --readme                       rewrites the tables of README.md, CPU and GPU, between their markers,
+                                                          from results/cpu.csv and results/gpu.csv or from files named
 
-No speed-up is printed for a row whose parity check was red. Where a case was run several times the middle run is shown
+Where there is no CSV of a GPU, README.md says that none was measured. No speed-up is printed for a row whose parity check was red. Where a case was run several times the middle run is shown
 and `spread` is the largest time over the smallest.
 """
 
@@ -13,7 +14,11 @@ import statistics
 import sys
 from pathlib import Path
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MARKERS = {part: (f"<!-- {part}:begin -->", f"<!-- {part}:end -->") for part in ("bench", "gpu")}
+NO_GPU = (
+    "GPU: not yet measured. The kernels compile for sm_80 and sm_90 without spills and are executed in the tests (Triton's interpreter,\n"
+    "CUDA C++ on host threads); `bench/gpu.sh` is the one command that measures them, and `bench/report.py --readme` then fills a table here."
+)
 DENSE = {
     "linear": ("dense",),
     "conv": ("dense", "dense channels_last"),
@@ -135,34 +140,79 @@ def machine(rows: list[dict]) -> str:
     return f"{row['device']}{threads}; {versions}; {row['date']}"
 
 
-def rewrite(path: Path, table: str) -> None:
-    """Replaces what stands between the markers.
+def on_gpu(rows: list[dict]) -> bool:
+    """Whether these rows were measured on a GPU: only a CPU's are pinned to a core."""
+    return not rows[0]["core"]
+
+
+def readme_table(rows: list[dict], every: bool = True) -> str:
+    """What README.md shows of one CSV: what a user gets, without the backends nobody asked for.
+
+    `every=False` leaves out the cases of the full run on a GPU, of which there are too many to read.
+    """
+    from sparselottery.bench import registry
+
+    quick = {(case.op, case.name, case.density) for case in registry.select(device="cuda")}
+    shown = [row for row in rows if every or (row["op"], row["case"], row["density"]) in quick] or rows
+    backends = {
+        row["backend"] for row in shown if row["backend"] in ("auto", "Trainer") or row["backend"][:6] == "decode"
+    }
+    names = ("op", "case", "density", "backend", "time", "over dense", "over others")
+    return f"Measured on: {machine(rows)}.\n\n{markdown(columns(summarize(shown, backends)), names)}"
+
+
+def readme(csvs: list[Path], root: Path) -> None:
+    """Rewrites both parts of `root`/README.md: from `csvs`, and from bench/results/ where they hold none of a part.
 
     Raises:
-        ValueError: the file lacks them.
+        ValueError: a file that is no CSV of run.py, or markers that README.md lacks; it is then left as it was.
     """
-    before, found, rest = path.read_text().partition(BEGIN)
-    _, closed, after = rest.partition(END)
+    parts = {"bench": [], "gpu": []}
+    for path in csvs:
+        rows = read(path)
+        parts["gpu" if on_gpu(rows) else "bench"].append(rows)
+    for part, name in (("bench", "cpu.csv"), ("gpu", "gpu.csv")):
+        path = root / "bench" / "results" / name
+        if not parts[part] and path.exists():
+            parts[part].append(read(path))
+    if not parts["bench"]:
+        raise ValueError(f"csv: expected a CSV measured on a CPU, here or as {root / 'bench' / 'results' / 'cpu.csv'}")
+    tables = {
+        "bench": "\n\n".join(readme_table(rows) for rows in parts["bench"]),
+        "gpu": "\n\n".join(readme_table(rows, every=False) for rows in parts["gpu"]) or NO_GPU,
+    }
+    path = root / "README.md"
+    content = path.read_text()
+    for part, table in tables.items():
+        content = rewritten(content, MARKERS[part], table, path)
+    path.write_text(content)
+
+
+def rewritten(content: str, markers: tuple[str, str], table: str, path: Path) -> str:
+    """`content` with `table` between the markers.
+
+    Raises:
+        ValueError: it lacks them; `path` is for this message.
+    """
+    begin, end = markers
+    before, found, rest = content.partition(begin)
+    _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"{path}: expected the markers {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+        raise ValueError(f"{path}: expected the markers {begin} and {end}")
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Tables from the CSV files of bench/run.py.")
-    parser.add_argument("csv", nargs="+", type=Path)
-    parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
+    parser.add_argument("csv", nargs="*", type=Path)
+    parser.add_argument("--readme", action="store_true", help="rewrite the tables in README.md")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     arguments = parser.parse_args(argv)
+    if not arguments.csv and not arguments.readme:
+        parser.error("expected a CSV of bench/run.py")
     try:
         if arguments.readme:
-            names = ("op", "case", "density", "backend", "time", "over dense", "over others")
-            tables = []
-            for path in arguments.csv:
-                rows = read(path)
-                cells = columns(summarize(rows, backends=("auto", "Trainer")))
-                tables.append(f"Measured on: {machine(rows)}.\n\n{markdown(cells, names)}")
-            rewrite(Path(__file__).resolve().parents[1] / "README.md", "\n\n".join(tables))
+            readme(arguments.csv, Path(__file__).resolve().parents[1])
             return 0
         for path in arguments.csv:
             rows = read(path)

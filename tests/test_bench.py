@@ -238,25 +238,84 @@ def rows_for_report():
                 yield common | row | {"speedup": theirs / ours}
 
 
-def test_report_tables_and_readme(tmp_path, monkeypatch, capsys):
+def test_report_tables(tmp_path, capsys):
     path = run.write_csv({"rows": list(rows_for_report())}, tmp_path / "x.csv")
     (entry,) = report.summarize(report.read(path), backends=("auto",))
     assert entry["ours_us"] == 11.0 and entry["spread"] == pytest.approx(1.2)
     assert entry["speedups"]["dense"] == pytest.approx(2.0, rel=1e-5)
     assert report.main([str(path)]) == 0
     assert "2.00x" in capsys.readouterr().out
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+
+
+MARKED = (
+    "before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbetween\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nafter\n"
+)
+
+
+@pytest.fixture
+def source_tree(tmp_path, monkeypatch):
+    """A folder that report.py takes for the source tree, and the CSV of a CPU."""
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
     monkeypatch.setattr(report, "__file__", str(tmp_path / "bench" / "report.py"))
+    (tmp_path / "README.md").write_text(MARKED)
+    return tmp_path, run.write_csv({"rows": list(rows_for_report())}, tmp_path / "x.csv")
+
+
+def parts_of_readme(tree):
+    text = (tree / "README.md").read_text()
+    assert text.startswith("before\n") and "\nbetween\n" in text and text.endswith("\nafter\n") and "old" not in text
+    assert [text.count(marker) for pair in report.MARKERS.values() for marker in pair] == [1] * 4
+    return text.split("\nbetween\n")
+
+
+def test_readme_says_that_no_gpu_was_measured(source_tree):
+    tree, path = source_tree
     for _ in range(2):  # a second time changes nothing
         assert report.main([str(path), "--readme"]) == 0
-        text = readme.read_text()
-        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-        assert "| linear | 4x4 batch 2 forward | 0.1 | auto | 11 us | 2.00x | 100x prune-style |" in text
-        assert text.count(report.BEGIN) == text.count("Machine (avx2), 1 thread") == 1
-    readme.write_text("no markers\n")
+        cpu, gpu = parts_of_readme(tree)
+        assert "| linear | 4x4 batch 2 forward | 0.1 | auto | 11 us | 2.00x | 100x prune-style |" in cpu
+        assert cpu.count("Machine (avx2), 1 thread") == 1
+        assert "GPU: not yet measured." in gpu and "|" not in gpu
+
+
+def test_readme_shows_what_the_gpu_script_measured(source_tree):
+    """A GPU's CSV goes into the part for GPUs, whether it is named or lies in bench/results/; of it the short run's cases."""
+    tree, path = source_tree
+    quick = next(case for case in registry.select(device="cuda") if case.op == "linear" and case.batch == 1)
+    known = {"case": quick.name, "density": quick.density}
+    rows = []
+    for row in rows_for_report():
+        row |= {"device": "NVIDIA GPU", "core": None}
+        rows += [row, row | known, row | known | {"backend": "decode gap8"}]
+    csv_path = run.write_csv({"rows": rows}, tree / "bench" / "results" / "gpu.csv")
+    assert report.main([str(path), "--readme"]) == 0
+    cpu, gpu = parts_of_readme(tree)
+    assert "Measured on: NVIDIA GPU; torch 2.13" in gpu and "NVIDIA" not in cpu and "not yet measured" not in gpu
+    for backend in ("auto", "decode gap8"):
+        assert f"| linear | {quick.name} | {quick.density:g} | {backend} | 11 us | 2.00x | 100x prune-style |" in gpu
+    assert "4x4" not in gpu and "| cpu |" not in gpu
+    csv_path.rename(tree / "elsewhere.csv")
+    assert report.main([str(path), str(tree / "elsewhere.csv"), "--readme"]) == 0
+    assert parts_of_readme(tree) == [cpu, gpu]
+    path.rename(tree / "bench" / "results" / "cpu.csv")
+    assert report.main([str(tree / "elsewhere.csv"), "--readme"]) == 0
+    assert parts_of_readme(tree) == [cpu, gpu]
+
+
+@pytest.mark.parametrize("part", ["bench", "gpu"])
+def test_a_readme_without_markers_stays_as_it_is(source_tree, part, capsys):
+    tree, path = source_tree
+    left = MARKED.replace(f"<!-- {part}:end -->", "")
+    (tree / "README.md").write_text(left)
     assert report.main([str(path), "--readme"]) == 2
-    assert readme.read_text() == "no markers\n"
+    assert (tree / "README.md").read_text() == left and f"{part}:end" in capsys.readouterr().err
+
+
+def test_readme_needs_a_cpu_csv(source_tree, capsys):
+    tree, _ = source_tree
+    assert report.main(["--readme"]) == 2 and "cpu.csv" in capsys.readouterr().err
+    assert (tree / "README.md").read_text() == MARKED
 
 
 def test_report_refuses_other_files(tmp_path):

@@ -1,11 +1,14 @@
-"""The README's example runs as it stands, and its table is between the markers that its command writes to."""
+"""The README's example runs as it stands, and its tables are those that their command writes."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+from sparselottery.bench import report
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_runs(tmp_path):
@@ -24,5 +27,13 @@ def test_every_command_of_the_readme_exists():
     assert named and named <= set(COMMANDS)
 
 
-def test_the_table_has_its_markers():
-    assert README.count("<!-- bench:begin -->") == 1 and README.count("<!-- bench:end -->") == 1
+def test_the_tables_are_what_their_command_writes(tmp_path):
+    """From bench/results/, CPU and GPU: nothing between the markers is written by hand, nor out of date."""
+    for begin_and_end in report.MARKERS.values():
+        assert [README.count(marker) for marker in begin_and_end] == [1, 1]
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "results").symlink_to(ROOT / "bench" / "results")
+    report.readme([], tmp_path)
+    assert (tmp_path / "README.md").read_text() == README
+    assert ("GPU: not yet measured" in README) != (ROOT / "bench" / "results" / "gpu.csv").exists()
