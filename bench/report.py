@@ -4,8 +4,8 @@
     python bench/report.py --readme                       rewrites the tables of README.md, CPU and GPU, between their markers,
                                                           from results/cpu.csv and results/gpu.csv or from files named
 
-Where there is no CSV of a GPU, README.md says that none was measured. No speed-up is printed for a row whose parity check was red. Where a case was run several times the middle run is shown
-and `spread` is the largest time over the smallest.
+Where there is no CSV of a GPU, README.md says that none was measured. No speed-up is printed for a row whose parity check
+was red. Where a case was run several times the middle run is shown and `spread` is the largest time over the smallest.
 """
 
 import argparse
@@ -15,10 +15,9 @@ import sys
 from pathlib import Path
 
 MARKERS = {part: (f"<!-- {part}:begin -->", f"<!-- {part}:end -->") for part in ("bench", "gpu")}
-NO_GPU = (
-    "GPU: not yet measured. The kernels compile for sm_80 and sm_90 without spills and are executed in the tests (Triton's interpreter,\n"
-    "CUDA C++ on host threads); `bench/gpu.sh` is the one command that measures them, and `bench/report.py --readme` then fills a table here."
-)
+NO_GPU = """\
+GPU: not yet measured. The kernels compile for sm_80 and sm_90 without spills and are executed in the tests (Triton's interpreter,
+CUDA C++ on host threads); `bench/gpu.sh` is the one command that measures them; `bench/report.py --readme` puts its table here."""
 DENSE = {
     "linear": ("dense",),
     "conv": ("dense", "dense channels_last"),
