@@ -133,7 +133,7 @@ def test_a_run_goes_on_where_it_was(finished):
     events = []
     again = search(out=finished.run, controls=("random-mask",), seeds=3, progress=events.append)
     assert (events[0]["done"], events[0]["total"]) == (10, 12)
-    assert [(e["seed"], e["kind"]) for e in events[1:]] == [(2, "search"), (1, "ticket")]
+    assert [(e["seed"], e["kind"]) for e in events[1:]] == [(1, "ticket"), (2, "search")]
     for name, content in before.items():
         mine, other = (json.loads(c) for c in (content, (again.run / "jobs" / name).read_bytes()))
         assert mine["history"] == other["history"] and mine.get("tickets") == other.get("tickets")
