@@ -181,7 +181,7 @@ def test_folders_that_cannot_be_analyzed(copy):
     with pytest.raises(ValueError, match="damaged"):
         analyses.analyze(copy, ["weight-motion"], again=True)
     shutil.rmtree(copy / "tickets")
-    with pytest.raises(ValueError, match="expected the tickets of a finished run"):
+    with pytest.raises(ValueError, match="expected tickets by level, as finished runs of imp"):
         analyses.analyze(copy)
 
 

@@ -196,6 +196,7 @@ def test_a_result_of_another_command_is_a_table(folder):
     )
     page = report.write_report(folder).read_text()
     assert "<h1>early-bird: m on digits</h1>" in page and "drawn after epoch 4 of 20" in page
+    assert "<h2>Results</h2>" in page
     cells = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", page))
     assert cells == {
         "drawn epoch": "4.00",
@@ -206,6 +207,8 @@ def test_a_result_of_another_command_is_a_table(folder):
         "methods / random / test accuracy, %": "90.00 ± 1.00",
         "methods / random / density, %": "25.00",
     }
+    analysis.save(folder, "stability", barrier_numbers(), "x")
+    assert "<summary>all results as numbers</summary>" in report.write_report(folder).read_text()
     (folder / "result.json").write_text(json.dumps({**result, "drawn_epoch": None}))
     assert "No ticket was drawn." in report.write_report(folder).read_text()
     (folder / "result.json").write_text(json.dumps({**result, "verdict": "It is <b>fine</b>."}))

@@ -261,7 +261,8 @@ def _barriers(numbers) -> Figure:
             for s, d, f in zip(statistics, (2, 4), (100, 1), strict=True)
         ]
         rows.append(["mean", heading[name], "", "", "", *cells])
-    where = "their initial values" if numbers["rewind"] == "init" else f"the weights of step {numbers['rewind']}"
+    places = {"init": "their initial values", "lr": "where they start (the ticket from trained weights)"}
+    where = places.get(numbers["rewind"], f"the weights of step {numbers['rewind']}")
     caption = (
         f"Test error along the line between two networks trained from {where} on two orders of the data (linear mode "
         f"connectivity, Frankle et al. 2020); thin lines are seeds. They call a barrier below {100 * STABLE:.0f} points stable."

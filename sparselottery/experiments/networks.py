@@ -49,7 +49,7 @@ class Networks:
         run: the folder. data_root: see `data.load`.
 
     Attributes:
-        hparams: what decides the trainings. seeds, levels: of the tickets there. rewind: "init" or a step.
+        hparams: what decides the trainings. seeds, levels: of the tickets there. rewind: "init", "lr" or a step.
 
     Raises:
         FileNotFoundError: there is no such folder. ValueError: it is no finished run that can be trained again.
@@ -74,7 +74,7 @@ class Networks:
             known = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names}
             self.hparams = Training(**known)
             self.rewind = config.get("rewind", "init")
-            if self.rewind != "init":
+            if self.rewind not in ("init", "lr"):
                 parse_step(self.rewind, steps_per_epoch=1, name="rewind")
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.run / 'config.json'}: damaged ({error})") from None
@@ -87,7 +87,7 @@ class Networks:
         self.levels = sorted({level for _, level in kept if all((seed, level) in kept for seed in self.seeds)})
         if not self.seeds or 0 not in self.levels or len(self.levels) < 2:
             raise ValueError(
-                f"{self.run / 'tickets'}: expected the tickets of a finished run, level 0 (dense) and others"
+                f"{self.run / 'tickets'}: expected tickets by level, as finished runs of imp and one-shot keep them, found none"
             )
 
     def level(self, asked: int | None = None) -> int:
@@ -194,7 +194,7 @@ class Networks:
         return self.store.job(Job(network.seed, network.level))
 
     def _train(self, network: Network) -> None:
-        start = {} if self.rewind == "init" else {"start_at": self.rewind}
+        start = {} if self.rewind in ("init", "lr") else {"start_at": self.rewind}
         seed = network.seed
         model = self.initial(seed)
         if network.level or network.child is not None:

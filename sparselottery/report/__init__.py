@@ -75,7 +75,7 @@ def write_report(run: str | Path) -> Path:
         title=summary.title(config),
         lead=summary.lead(result, found),
         facts=summary.facts(config, result),
-        summary=_summary(result),
+        summary=_summary(result, found),
         sections=sections,
         notes=notes,
         made=command_of(config) if config.get("hparams") else None,
@@ -89,17 +89,18 @@ def write_report(run: str | Path) -> Path:
     return path
 
 
-def _summary(result: dict) -> str:
+def _summary(result: dict, found: dict) -> str:
     """The run's own table, as HTML."""
     if "levels" in result:
         header, rows = summary_rows(result["levels"])
         return f"<h2>All levels</h2>{table(header, rows, 'All levels')}<p class='soft'>{html.escape(LEVELS_NOTE)}</p>"
     header, rows = summary.statistics(result)
-    return (
-        f"<h2>Results</h2>{table(header, rows, 'Results')}<p class='soft'>{html.escape(LEVELS_NOTE)}</p>"
-        if rows
-        else ""
-    )
+    if not rows:
+        return ""
+    inside = f"{table(header, rows, 'All results')}<p class='soft'>{html.escape(LEVELS_NOTE)}</p>"
+    if any(name in analysis.ANALYSES for name in found):  # whose tables say the same better
+        return f"<details><summary>all results as numbers</summary>{inside}</details>"
+    return f"<h2>Results</h2>{inside}"
 
 
 def _read_result(run: Path) -> dict | None:

@@ -49,6 +49,7 @@ th { position: sticky; top: 0; z-index: 1; background: var(--wash); vertical-ali
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; padding-left: .75rem; }
 td:first-child { background: #fff; }
 td.text:first-child { position: static; }
+.two td:first-child { white-space: normal; min-width: 0; }
 th:first-child { z-index: 2; }
 tbody tr:last-child td { border-bottom: 0; }
 pre { background: var(--wash); padding: .625rem .75rem; border-radius: 8px; font-size: .8125rem; line-height: 1.45;
@@ -142,8 +143,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> s
     """A table in a box of its own that scrolls where it is too wide; long texts break."""
     head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in header)
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
+    kind = "scroll two" if len(header) == 2 else "scroll"
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(label)}, table">'
+        f'<div class="{kind}" tabindex="0" role="region" aria-label="{html.escape(label)}, table">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -76,7 +76,7 @@ def statistics(result: Mapping) -> tuple[list[str], list[list[str]]]:
 
 def _walk(value, path: tuple[str, ...], rows: list[list[str]]) -> None:
     name = " / ".join(part.replace("_", " ") for part in path)
-    percent = bool(path) and path[-1].endswith(("accuracy", "density"))
+    percent = bool(path) and ("accuracy" in path[-1] or path[-1].endswith("density"))
     if isinstance(value, Mapping) and "mean" in value and "values" in value:
         if value["mean"] is not None:
             rows.append([name + (", %" if percent else ""), pair(value, 100 if percent else 1)])
