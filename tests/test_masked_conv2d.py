@@ -157,8 +157,18 @@ def convolutions(draw):
     groups = draw(small)
     inputs, outputs = (groups * draw(st.integers(1, 5)) for _ in range(2))
     batch = draw(st.sampled_from([1, 2, 3, 33, 70]))
-    density = draw(st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]))
-    return (batch, inputs, outputs, height, width, kernel, stride, padding, dilation, groups), density
+    return batch, inputs, outputs, height, width, kernel, stride, padding, dilation, groups
+
+
+def strided(x, w, layout):
+    """The same numbers in other places of memory."""
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last), w.to(memory_format=torch.channels_last)
+    if layout == "padded":
+        return torch.cat([x, x], 3)[..., x.shape[3] :], torch.cat([w, w], 2)[:, :, w.shape[2] :]
+    if layout == "transposed":
+        return x.mT.contiguous().mT, w.transpose(0, 1).contiguous().transpose(0, 1)
+    return (x[:1].expand_as(x) if layout == "expanded" else x), w
 
 
 @pytest.mark.parametrize("backend", SPARSE)
@@ -166,12 +176,36 @@ def test_any_convolution(backend, use):
     use(backend)
 
     @settings(max_examples=60, deadline=None, derandomize=True)
-    @given(convolutions())
-    def check(drawn):
-        case, density = drawn
-        assert_parity(*sample(case, density=density))
+    @given(
+        case=convolutions(),
+        density=st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]),
+        without=st.sampled_from(["", "all but one", "a filter", "an input"]),
+        layout=st.sampled_from(["plain", "channels_last", "padded", "transposed", "expanded"]),
+        dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+    )
+    def check(case, density, without, layout, dtype):
+        (x, w, _, b), arguments, keep = sample(case, dtype, density)
+        if without == "all but one":
+            keep[:] = False
+            keep.view(-1)[keep.numel() // 2] = True
+        elif without == "a filter":
+            keep[keep.shape[0] // 2] = False
+        elif without == "an input":
+            keep[:, keep.shape[1] // 2] = False
+        x, w = strided(x, w, layout)
+        assert_parity((x, w, reference.bitmask_pack(keep), b), arguments, keep, DTYPES[dtype] / 2)
 
     check()
+
+
+@pytest.mark.parametrize("backend", SPARSE)
+def test_bfloat16_is_rounded_once(backend, use):
+    """y and the gradients are those of float32 on the same numbers, rounded: no sum is kept in 8 bits."""
+    use(backend)
+    (x, w, words, b), arguments, _ = sample("3x3", torch.bfloat16)
+    half = run((x, w, words, b), arguments)
+    for got, full in zip(half, run((x.float(), w.float(), words, b.float()), arguments), strict=True):
+        assert got.dtype == torch.bfloat16 and torch.equal(got, full.bfloat16())
 
 
 @pytest.mark.parametrize("case", ["seventeen images", "many images", "stride 2", "panels"])

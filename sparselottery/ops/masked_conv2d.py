@@ -1,8 +1,8 @@
 """Masked convolution as an op: y = conv2d(x, W∘M) + b, with dX, dW∘M and db.
 
 Source: the subnetwork f(x; m∘θ) of Frankle & Carbin 2019, section 1. Backends: reference, dense (the library's
-convolution, the mask applied to dW in place), cpu (csrc/cpu/masked_conv2d.cpp, survivors only), triton
-(kernels/masked_conv2d.py, live tiles only), chosen per call by `dispatch`.
+convolution, the mask applied to dW in place), cpu (csrc/cpu/masked_conv2d.cpp, survivors only; float32, and bfloat16
+computed in float32), triton (kernels/masked_conv2d.py, live tiles only), chosen per call by `dispatch`.
 
 A weight off the mask counts as +0 whatever it holds, NaN and inf too. Where x or dY holds inf or NaN, the sparse
 backends leave out products with dead weights that a dense one turns into NaN.
@@ -16,6 +16,7 @@ from . import bitmask, derived, dispatch, reference
 from .library import LIBRARY, autocasts, check_tensors, is_plain, transformed
 
 OP = "masked_conv2d"
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 _ARGUMENTS = "int[2] stride, int[2] padding, int[2] dilation, int groups, bool premasked"
 LIBRARY.define(f"masked_conv2d(Tensor x, Tensor weight, Tensor words, Tensor? bias, {_ARGUMENTS}) -> Tensor")
 LIBRARY.define(
@@ -64,24 +65,26 @@ def _cpu_plan(x, weight, words, stride, padding, dilation, groups):
 
 def _cpu(x, weight, words, bias, stride, padding, dilation, groups):
     plan = _cpu_plan(x, weight, words, stride, padding, dilation, groups)
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    dtype = x.dtype
+    x, weight, bias = x.float(), weight.float().contiguous(), None if bias is None else bias.float().contiguous()
     y = x.new_empty(_output_shape(x, weight, stride, padding, dilation))
     _ext.extension().cpu_masked_conv2d_forward(
         plan, x.shape[0], x.data_ptr(), x.stride(), weight.data_ptr(), _address(bias), y.data_ptr()
     )
-    return y
+    return y.to(dtype)
 
 
 def _cpu_backward(grad, x, weight, words, stride, padding, dilation, groups, output_mask):
     plan = _cpu_plan(x, weight, words, stride, padding, dilation, groups)
-    weight = weight.contiguous()
+    dtype = x.dtype
+    grad, x, weight = grad.float(), x.float(), weight.float().contiguous()
     shapes = (x.shape, weight.shape, weight.shape[:1])
     gradients = [x.new_empty(shape) if wanted else None for shape, wanted in zip(shapes, output_mask, strict=True)]
     _ext.extension().cpu_masked_conv2d_backward(
         plan, x.shape[0], grad.data_ptr(), grad.stride(), x.data_ptr(), x.stride(), weight.data_ptr(),
         *map(_address, gradients),
     )  # fmt: skip
-    return gradients
+    return [g if g is None else g.to(dtype) for g in gradients]
 
 
 def _address(t):
@@ -89,8 +92,8 @@ def _address(t):
 
 
 def _cpu_can(x, weight):
-    """float32, and images whose planes the extension can address (its distances are 32-bit numbers of bytes)."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or _ext.WHY_NOT is not None:
+    """Its dtypes, and images whose planes the extension can address (its distances are 32-bit numbers of bytes)."""
+    if x.device.type != "cpu" or x.dtype not in CPU_DTYPES or _ext.WHY_NOT is not None:
         return False
     edges = [x.shape[i + 2] + 4 * weight.shape[i + 2] for i in (0, 1)]
     return (x.shape[1] + weight.shape[0]) * edges[0] * edges[1] < 2**28
@@ -191,7 +194,12 @@ _WORTH_TRYING = 0.6  # above this density no sparse kernel has won: none is even
 
 def _rule(x, weight, density):
     """Without a stopwatch: the survivors' kernel where it beat dense by a clear margin on every shape measured."""
-    sparse = density <= _RULE_DENSITY and _cpu_can(x, weight) and _format(x, weight) is torch.contiguous_format
+    sparse = (
+        density <= _RULE_DENSITY
+        and x.dtype is torch.float32
+        and _cpu_can(x, weight)
+        and _format(x, weight) is torch.contiguous_format
+    )
     return "cpu" if sparse else "dense"
 
 
