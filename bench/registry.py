@@ -67,6 +67,7 @@ class Case:
 
 
 BOTH = "forward+backward"
+GRID = (0.5, 0.2, 0.1, 0.05, 0.02)
 LENET = (784 * 300, 300, 300 * 100, 100, 100 * 10, 10)
 
 
@@ -76,24 +77,23 @@ def cpu_cases() -> list[Case]:
     for sizes, quick in [((1_000_000,), True), ((25_000_000,), False), ((25_000,) * 1000, False)]:
         cases.append(Case("topk", sizes, 0.2, quick=quick))
     cases.append(Case("topk", (1_000_000,), 0.2, dtype="bfloat16"))
-    for sizes, batch, densities in [
-        ((784, 300), 60, (0.2, 0.1, 0.02)),
-        ((1024, 1024), 128, (0.5, 0.2, 0.1, 0.02)),
-        ((1024, 1024), 16, (0.1,)),
-        ((4096, 4096), 128, (0.1,)),
-    ]:
-        for density in densities:
-            for direction in ("forward", BOTH):
-                quick = sizes[0] < 4096 and density in (0.1, 0.02) and batch != 16
-                cases.append(Case("linear", sizes, density, batch, direction=direction, quick=quick))
-    cases += [Case("linear", (4096, 4096), d, 1, direction="forward", quick=d == 0.1) for d in (0.2, 0.1, 0.02)]
+    for sizes, batches in [((784, 300), (1, 16, 60)), ((1024, 1024), (1, 16, 128))]:
+        for batch in batches:
+            for density in GRID:
+                for direction in ("forward", BOTH):
+                    quick = batch > 16 and density in (0.1, 0.02)
+                    cases.append(Case("linear", sizes, density, batch, direction=direction, quick=quick))
+    cases += [Case("linear", (4096, 4096), 0.1, 128, direction=direction) for direction in ("forward", BOTH)]
+    cases += [Case("linear", (4096, 4096), d, 1, direction="forward", quick=d == 0.1) for d in (0.5, 0.2, 0.1, 0.02)]
+    cases += [Case("linear", (1024, 1024), d, 128, "bfloat16", BOTH) for d in (0.2, 0.1, 0.02)]
     for sizes, batch in [((64, 64, 3, 32), 60), ((128, 128, 3, 16), 60), ((32, 32, 3, 16), 128)]:
-        for density in (0.1, 0.02):
+        for density in (0.5, 0.2, 0.1, 0.02):
             for direction in ("forward", BOTH):
-                quick = sizes[0] == 32 and direction == BOTH
+                quick = sizes[0] == 32 and direction == BOTH and density < 0.2
                 cases.append(Case("conv", sizes, density, batch, direction=direction, quick=quick))
-    for density in (0.2, 0.1, 0.05, 0.02):
+    for density in (*GRID, 0.01):
         cases.append(Case("step", (784, 300, 100, 10), density, 60, quick=density in (0.2, 0.02)))
+    for density in (0.2, 0.1, 0.05, 0.02):
         cases.append(Case("optim", LENET, density, quick=density in (0.2, 0.02)))
     cases += [Case("optim", (4_000_000,) * 4, density) for density in (0.2, 0.1, 0.02)]
     cases.append(Case("replicas", (8, 50, 8), 0.2, 60))
@@ -208,8 +208,8 @@ def small_cases() -> list[Case]:
     return cases + [Case("bitmask", (what, 6, 64), 0.3) for what in ("pack", "unpack", "count", "hamming", "apply")]
 
 
-def select(ops=(), *, device: str = "cpu", full: bool = False) -> list[Case]:
-    """The cases of `ops` (all where empty) on a device; without `full` only the short run's.
+def select(ops=(), *, device: str = "cpu", full: bool = False, match: str = "") -> list[Case]:
+    """The cases of `ops` (all where empty) on a device whose names contain `match`; without `full` only the short run's.
 
     Raises:
         ValueError: an op or a device that is not known.
@@ -220,4 +220,5 @@ def select(ops=(), *, device: str = "cpu", full: bool = False) -> list[Case]:
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device!r}")
     cases = cpu_cases() if device == "cpu" else cuda_cases()
-    return [case for case in cases if (not ops or case.op in ops) and (full or case.quick)]
+    chosen = [case for case in cases if (not ops or case.op in ops) and (full or case.quick)]
+    return [case for case in chosen if match in case.name]

@@ -94,6 +94,18 @@ def ratio(value: float | None) -> str:
     return "RED" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
 
 
+def worst(entries) -> str | None:
+    """The case in which the package's own choice does worst against the fastest dense form; None where there is no such row."""
+    found = []
+    for entry in entries:
+        if entry["backend"] != "auto" or entry["op"] not in ("linear", "conv", "step"):
+            continue
+        ratios = [entry["speedups"][name] for name in DENSE[entry["op"]] if name in entry["speedups"]]
+        if ratios and None not in ratios:
+            found.append((min(ratios), f"{entry['op']} {entry['case']} density {entry['density']:g}"))
+    return "{1}: {0:.2f}x dense".format(*min(found)) if found else None
+
+
 def columns(entries) -> list[dict]:
     """The cells of the tables, as text."""
     cells = []
@@ -218,6 +230,7 @@ def main(argv=None) -> int:
             names = ("op", "case", "density", "backend", "time", "spread", "of roofline", "over dense", "over others")
             print(machine(rows))
             print((markdown if arguments.markdown else text)(columns(summarize(rows)), names))
+            print(f"worst cell of what the package chooses by itself: {worst(summarize(rows)) or 'none'}")
     except (ValueError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2

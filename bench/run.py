@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from sparselottery import _ext
-from sparselottery.bench import registry, timing, verify
+from sparselottery.bench import registry, report, timing, verify
 
 COLUMNS = [
     *("op", "case", "direction", "dtype", "batch", "density", "backend", "baseline"),
@@ -48,6 +48,7 @@ def run(
     seconds: float = 0.5,
     repeats: int = 1,
     limit: float | None = None,
+    match: str = "",
     progress: Callable[[str], object] = lambda line: None,
     record: Callable[[list[dict]], object] = lambda rows: None,
 ) -> dict:
@@ -58,6 +59,7 @@ def run(
         full: the large cases too; without it the run takes under a minute on a CPU.
         seconds: about how long the rounds of one case may take.
         repeats: how often the whole is done, to show the spread.
+        match: only cases whose name contains this.
         limit: no case is begun this many seconds after the start; those never run are told as failures.
         progress: called with a line of text after every case.
         record: called with the rows of every case as soon as there are any; once with none before the first.
@@ -73,7 +75,7 @@ def run(
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds: expected a time above 0, got {seconds}")
-    cases = registry.select(ops, device=device, full=full)
+    cases = registry.select(ops, device=device, full=full, match=match)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a machine with a CUDA device for cuda, torch finds none")
     report = _ext.env_report()
@@ -186,12 +188,13 @@ def line(row: dict) -> str:
 class Rows:
     """A CSV that grows: `Rows(path)(rows)` appends rows of `run()`, all of one call in one write.
 
-    Numbers have six significant digits; there is nothing where there is no value. The first call begins the file anew.
+    Numbers have six significant digits; there is nothing where there is no value. The first call begins the file anew, unless
+    rows are to be added to what it holds.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, append: bool = False):
         self.path = Path(path)
-        self.begun = False
+        self.begun = append and self.path.exists()
 
     def __call__(self, rows) -> None:
         text = io.StringIO(newline="")
@@ -224,6 +227,10 @@ def main(argv=None) -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="time for the rounds of one case (default 0.5)")
     parser.add_argument("--repeats", type=int, default=1, help="do all of it so often, to show the spread")
     parser.add_argument("--limit", type=float, help="begin no case after so many seconds")
+    parser.add_argument(
+        "--match", default="", metavar="TEXT", help="only cases with this in their names, say 1024x1024"
+    )
+    parser.add_argument("--append", action="store_true", help="add rows to the CSV that is there")
     parser.add_argument("--out", metavar="FILE", help="the CSV (default: bench-DEVICE.csv)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
     arguments = parser.parse_args(argv)
@@ -231,14 +238,15 @@ def main(argv=None) -> int:
     def say(text):
         print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
-    options = {name: getattr(arguments, name) for name in ("device", "full", "seconds", "repeats", "limit")}
+    options = {name: getattr(arguments, name) for name in ("device", "full", "seconds", "repeats", "limit", "match")}
     try:
-        rows = Rows(arguments.out or f"bench-{arguments.device}.csv")
+        rows = Rows(arguments.out or f"bench-{arguments.device}.csv", arguments.append)
         result = run(arguments.op, **options, progress=say, record=rows)
     except (ValueError, OSError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
     say(f"{result['device']}, {platform.platform()}: {rows.path}")
+    say(f"worst cell of what the package chooses by itself: {report.worst(report.summarize(result['rows'])) or 'none'}")
     if arguments.json:
         print(json.dumps(result))
     return 1 if result["failures"] or not all(row["parity"] for row in result["rows"]) else 0

@@ -227,6 +227,36 @@ def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch):
         run.run(["topk"], device="cuda")
 
 
+def test_cases_by_a_part_of_their_name():
+    everything, chosen = registry.select(full=True), registry.select(["linear"], full=True, match="1024x1024 batch 16 ")
+    assert chosen and set(chosen) < set(everything)
+    assert {(case.sizes, case.batch, case.op) for case in chosen} == {((1024, 1024), 16, "linear")}
+    assert registry.select(match="no such case") == []
+
+
+def test_rows_are_added_to_a_csv(small, tmp_path, capsys):
+    path = tmp_path / "x.csv"
+    for options, runs in ((["--append"], 1), (["--append"], 2), ([], 1)):
+        assert run.main(["bitmask", "--full", "--seconds", "0.01", "--out", str(path), *options]) == 0
+        assert len({row["case"] for row in report.read(path)}) == 1
+        assert len([row for row in report.read(path) if row["baseline"] == "bool mask"]) == runs
+        assert "worst cell of what the package chooses by itself: none" in capsys.readouterr().out
+
+
+def test_the_worst_cell_is_over_the_fastest_dense_form():
+    def entry(case, backend, **speedups):
+        return {"op": "conv", "case": case, "density": 0.5, "backend": backend, "speedups": speedups}
+
+    entries = [
+        entry("a", "auto", **{"dense": 1.2, "dense channels_last": 0.9, "prune-style": 0.1}),
+        entry("b", "auto", **{"dense": 0.95, "dense channels_last": 2.0}),
+        entry("c", "cpu", dense=0.5),
+        entry("d", "auto", dense=None),
+    ]
+    assert report.worst(entries) == "conv a density 0.5: 0.90x dense"
+    assert report.worst(entries[2:]) is None
+
+
 def rows_for_report():
     common = dict.fromkeys(run.COLUMNS, "")
     common |= {"device": "Machine", "isa": "avx2", "threads": 1, "core": 1, "torch": "2.13", "python": "3.11"}

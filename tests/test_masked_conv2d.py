@@ -1,6 +1,7 @@
 """masked_conv2d: parity with float64, gradients, layouts, registration, bad input."""
 
 import inspect
+import os
 import re
 
 import pytest
@@ -175,7 +176,7 @@ def strided(x, w, layout):
 def test_any_convolution(backend, use):
     use(backend)
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=15 if "SPARSELOTTERY_SANITIZED" in os.environ else 60, deadline=None, derandomize=True)
     @given(
         case=convolutions(),
         density=st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]),
