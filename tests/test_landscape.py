@@ -94,8 +94,8 @@ def test_many_at_once_are_as_one_by_one_and_batchnorm_keeps_its_statistics():
     found = [
         landscape.Plane(model, x, y, resolution=3, extent=1.0, at_once=n).losses() for n in (1, 4, 9)
     ]  # 4 leaves a rest
-    torch.testing.assert_close(found[0], found[1])
-    torch.testing.assert_close(found[0], found[2])
+    for other in found[1:]:  # the network computes in float32, whatever the losses are summed in
+        torch.testing.assert_close(found[0].float(), other.float())
     assert found[0][1, 1].item() == pytest.approx(F.cross_entropy(model(x), y).item(), abs=1e-6)
     assert model.norm.num_batches_tracked == 0
 
