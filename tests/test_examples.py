@@ -93,7 +93,7 @@ def test_cartpole_ticket(run):
 
 def test_every_example_is_here_and_in_the_readme():
     files = {path.name for path in EXAMPLES.glob("*.py")}
-    tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
+    tested = set(re.findall(r"run\(\s*\"(\w+\.py)\"", Path(__file__).read_text()))
     listed = set(re.findall(r"\]\((\w+\.py)\)", (EXAMPLES / "README.md").read_text()))
     assert files == tested == listed
     for path in EXAMPLES.glob("*.py"):
