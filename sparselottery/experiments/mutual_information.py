@@ -188,7 +188,8 @@ def _is_done(plan: Comparison, store: Store, job: Job) -> bool:
 def run_job(plan: Comparison, job: Job) -> None:
     """The dense training of a seed, or one method from its search to the retrained ticket. The job's file is written last."""
     store = Store(plan.folder)
-    plan.fit.trainer, plan.layers  # noqa: B018 - reading the data and loading torch's tracer is no method's cost
+    plan.fit.check(plan.build(job.seed))  # reads the data and loads what torch loads late: no method's cost
+    plan.layers  # noqa: B018 - likewise
     with dispatch.reproducible(), driver.seeded(job.seed):
         begin = time.perf_counter()
         search = SEARCHES[job.kind](plan, job.seed)
