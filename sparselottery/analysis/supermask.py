@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from .figure import BLACK, BLUE, COLOURS, WIDTH, Figure, interval, number, render
 
 LABELS = {
-    "learned": "learned mask",
-    "sampled": "masks drawn from the learned probabilities",
-    "criterion": "mask by criterion",
-    "random-mask": "random mask",
-    "untrained": "no mask",
-    "dense": "dense network, trained",
+    "learned": "learned",
+    "sampled": "drawn as learned",
+    "criterion": "by criterion",
+    "random-mask": "random",
+    "untrained": "none",
+    "dense": "none, trained",
 }
 
 
 def _label(name: str, numbers: Mapping) -> str:
-    return f"{LABELS[name]} ({numbers['criterion']})" if name == "criterion" else LABELS[name]
+    return numbers["criterion"] if name == "criterion" else LABELS[name]
 
 
 def _cell(statistic: Mapping) -> str:
@@ -75,14 +75,15 @@ def figures(numbers: Mapping) -> list[Figure]:
         axes.set_yticks(range(len(names)), [_label(name, numbers) for name in names])
         axes.invert_yaxis()
         axes.set_xlim(0, 101)
-        axes.set_xlabel("test accuracy, % (bars: 95 % confidence over seeds; dashed: chance)")
+        axes.set_xlabel("test accuracy, %")
 
     header, table = rows(numbers)
+    caption = f"{verdict(numbers)} Bars: 95 % confidence over seeds; dashed: chance."
     return [
         Figure(
             "supermask",
             "Masks alone, on untrained weights",
-            verdict(numbers),
+            caption,
             render(draw, (WIDTH, 3.2)),
             header,
             table,
