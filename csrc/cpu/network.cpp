@@ -260,11 +260,15 @@ struct Network::Impl {
   void for_groups(const Chunk& c, int64_t work, F f) const {
     const int64_t shares = std::min(c.groups, kShares);
     const int threads = thread_count(c, work);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t share = 0; share < shares; share++) {
-      const int thread = threads > 1 ? omp_get_thread_num() : 0;
+    const auto run = [&](int64_t share, int thread) {
       for (int64_t g = share * c.groups / shares; g < (share + 1) * c.groups / shares; g++) f(g, share, thread);
+    };
+    if (threads == 1) {  // a team of one costs a microsecond
+      for (int64_t share = 0; share < shares; share++) run(share, 0);
+      return;
     }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t share = 0; share < shares; share++) run(share, omp_get_thread_num());
   }
   int thread_count(const Chunk& c, int64_t work) const {
     if (omp_in_parallel() || work * c.count < kParallelWork) return 1;

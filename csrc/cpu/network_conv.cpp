@@ -270,11 +270,11 @@ class Conv : public Layer {
   // In bytes: of an input from the corner; of an output from where an input pixel's own place is.
   int64_t input_place(int64_t channel, int64_t r, int64_t s) const {
     const Space space = input_space();
-    return ((channel * space.rows(in) + r * rows_.dilation) * space.columns(in) + s * columns_.dilation) * pixel_;
+    return (channel * space.plane(in) + r * rows_.dilation * space.columns(in) + s * columns_.dilation) * pixel_;
   }
   int64_t grad_place(int64_t channel, int64_t r, int64_t s) const {
     const Space space = gradient_space();
-    return ((channel * space.rows(out) - r * rows_.dilation / rows_.stride) * space.columns(out) -
+    return (channel * space.plane(out) - r * rows_.dilation / rows_.stride * space.columns(out) -
             s * columns_.dilation / columns_.stride) *
            pixel_;
   }

@@ -16,6 +16,8 @@ namespace sl::cpu {
 constexpr int64_t kTile = 4;    // groups (vectors of the batch) that pass through a linear layer together
 constexpr int64_t kShares = 8;  // parts of a batch whose gradients are summed apart, whatever the number of threads
 
+constexpr int64_t kPlaneRest = 9;  // of a plane's size modulo 16
+
 // The loops for one instruction set.
 struct NetworkKernels {
   int64_t width;
@@ -45,12 +47,17 @@ struct Space {
 
   int64_t rows(const Extent& e) const { return flat ? e.height : top + e.height + bottom; }
   int64_t columns(const Extent& e) const { return flat ? e.width : left + e.width + right; }
-  int64_t group_size(const Extent& e) const { return e.channels * rows(e) * columns(e); }  // in vectors
+  // In vectors. Channels must not lie a power of two apart: they would push each other out of the caches.
+  int64_t plane(const Extent& e) const {
+    const int64_t size = rows(e) * columns(e);
+    return flat || size == 1 ? size : size + ((kPlaneRest - size) % 16 + 16) % 16;
+  }
+  int64_t group_size(const Extent& e) const { return e.channels * plane(e); }
 
   // base: of the tile where flat, else of the group.
   View view(float* base, const Extent& e, int64_t tile, int64_t group, int64_t width) const {
     const int64_t pixel = flat ? tile * width : width, row = columns(e) * pixel;
-    return {flat ? base + group * width : base + top * row + left * pixel, rows(e) * row, row, pixel};
+    return {flat ? base + group * width : base + top * row + left * pixel, plane(e) * pixel, row, pixel};
   }
 };
 

@@ -27,7 +27,7 @@ class Linear : public Layer {
     }
     const int64_t weights = sparse_ ? survivors_.count() : rows_ * columns_;
     large_ = weights >= kLargeWork;
-    const auto block = [this](int64_t lines) { return large_ ? (lines + kParts - 1) / kParts : kBlock; };
+    const auto block = [this](int64_t lines) { return large_ ? ((lines + kParts - 1) / kParts + 7) / 8 * 8 : kBlock; };
     row_block_ = block(rows_);
     column_block_ = block(columns_);
     if (sparse_) {
@@ -71,7 +71,7 @@ class Linear : public Layer {
     const int64_t lanes = p.tile * width_;
     const float* bias = folded_ ? folded_bias_.get() : bias_.get();
     const float* dense = folded_ ? folded_dense_.get() : dense_.get();
-    in_parts(rows_, row_block_, p, [&](int64_t part, int64_t first, int64_t last) {
+    in_parts(rows_, row_block_, [&](int64_t part, int64_t first, int64_t last) {
       if (sparse_) {
         ForwardArgs a{};
         a.rows = slice(forward_.layout, part, first, last);
@@ -100,7 +100,7 @@ class Linear : public Layer {
     if (relu) p.k->tile_relu_gradient(y.data, gy.data, rows_ * lanes);
     if (has_bias_) p.k->tile_sums(gy.data, rows_, p.tile, bias_parameter_.grad.get(), !p.first_tile);
     if (sparse_) {
-      in_parts(columns_, column_block_, p, [&](int64_t part, int64_t first, int64_t last) {
+      in_parts(columns_, column_block_, [&](int64_t part, int64_t first, int64_t last) {
         BackwardArgs a{};
         a.columns = slice(backward_.layout, part, first, last);
         a.tile = p.tile;
@@ -123,7 +123,7 @@ class Linear : public Layer {
     all.dx = gx.data;
     all.dw = weight_parameter_.grad.get();
     all.add = !p.first_tile;
-    in_parts(rows_, row_block_, p, [&](int64_t, int64_t first, int64_t last) {
+    in_parts(rows_, row_block_, [&](int64_t, int64_t first, int64_t last) {
       DenseArgs a = all;
       a.rows = last - first;
       a.grad += first * lanes;
@@ -131,7 +131,7 @@ class Linear : public Layer {
       p.k->dense_weight(a);
     });
     if (gx.data == nullptr) return;
-    in_parts(columns_, column_block_, p, [&](int64_t, int64_t first, int64_t last) {
+    in_parts(columns_, column_block_, [&](int64_t, int64_t first, int64_t last) {
       DenseArgs a = all;
       a.columns = last - first;
       a.weight += first;
@@ -195,22 +195,19 @@ class Linear : public Layer {
   }
 
  private:
-  // Calls f(part, first line, last line), in parallel where the layer is large.
+  // Calls f(part, first line, last line) in parallel where the layer is large; otherwise once, for part -1: all lines.
   template <class F>
-  void in_parts(int64_t lines, int64_t block, const Pass&, F f) const {
+  void in_parts(int64_t lines, int64_t block, F f) const {
     const int64_t parts = (lines + block - 1) / block;
     const int threads = large_ && !omp_in_parallel() ? std::min<int>(max_threads(), static_cast<int>(parts)) : 1;
-    if (threads <= 1) {
-      for (int64_t i = 0; i < parts; i++) f(i, i * block, std::min((i + 1) * block, lines));
-      return;
-    }
+    if (threads <= 1) return f(-1, 0, lines);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < parts; i++) f(i, i * block, std::min((i + 1) * block, lines));
   }
 
   // One block of an order as an order of its own.
   static SparseLayout slice(const SparseLayout& all, int64_t part, int64_t first, int64_t last) {
-    if (all.blocks == 1) return all;
+    if (part < 0) return all;
     SparseLayout one = all;
     one.lines = one.block = last - first;
     one.blocks = 1;
