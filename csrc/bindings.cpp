@@ -23,7 +23,6 @@
 #include "network.h"
 #include "packed.h"
 #include "sparse_linear.h"
-#include "whole_step.h"
 
 namespace py = pybind11;
 
@@ -115,17 +114,6 @@ using NetworkAddresses = std::array<uintptr_t, 4>;
 
 sl::cpu::NetworkTarget network_target(const NetworkAddresses& addresses) {
   return {as<float>(addresses[0]), as<float>(addresses[1]), as<float>(addresses[2]), as<float>(addresses[3])};
-}
-
-// Mlp: rows, columns, weight, words (0: none), bias (0: none), whether a ReLU follows.
-using MlpLayers = std::vector<std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, bool>>;
-
-std::vector<sl::cpu::MlpLayer> mlp_layers(const MlpLayers& layers) {
-  std::vector<sl::cpu::MlpLayer> all;
-  for (const auto& [rows, columns, weight, words, bias, relu] : layers) {
-    all.push_back({rows, columns, as<const float>(weight), as<const uint32_t>(words), as<const float>(bias), relu});
-  }
-  return all;
 }
 
 // global_topk: data, dtype, sizes, strides, eligible words (0: all), words. The tensors point into the arguments.
@@ -305,7 +293,6 @@ PYBIND11_MODULE(_C, m) {
 
   // masked_linear
   using sl::cpu::MaskedLinearPlan;
-  using sl::cpu::Mlp;
   using sl::cpu::Network;
   using sl::cpu::NetworkTape;
   py::class_<MaskedLinearPlan>(m, "CpuMaskedLinearPlan")
@@ -331,51 +318,6 @@ PYBIND11_MODULE(_C, m) {
         plan.backward({as<const void>(weight), half, version, same}, as<const float>(grad), grad_stride,
                       as<const float>(x), x_stride, batch, as<float>(dx), as<void>(dw), as<float>(db), tile,
                       dw_is_zero);
-      });
-
-  // whole_step
-  py::class_<Mlp>(m, "CpuMlp")
-      .def(py::init([](const MlpLayers& layers, bool adam, double momentum, double dampening, bool nesterov,
-                       double beta1, double beta2, double eps, bool decoupled, double weight_decay, double densest) {
-             const sl::cpu::MlpOptimizer optimizer{adam,  momentum, dampening, nesterov,     beta1,
-                                                   beta2, eps,      decoupled, weight_decay, true};
-             py::gil_scoped_release release;
-             return std::make_unique<Mlp>(mlp_layers(layers), optimizer, densest);
-           }),
-           py::arg("layers"), py::kw_only(), py::arg("adam"), py::arg("momentum"), py::arg("dampening"),
-           py::arg("nesterov"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("decoupled"),
-           py::arg("weight_decay"), py::arg("densest"))
-      .def(py::init([](const MlpLayers& layers, double densest) {
-             sl::cpu::MlpOptimizer none{};
-             none.trains = false;
-             py::gil_scoped_release release;
-             return std::make_unique<Mlp>(mlp_layers(layers), none, densest);
-           }),
-           py::arg("layers"), py::kw_only(), py::arg("densest"))
-      .def("forward",
-           [](Mlp& mlp, uintptr_t x, int64_t x_stride, int64_t count, uintptr_t y) {
-             py::gil_scoped_release release;
-             mlp.forward(as<const float>(x), x_stride, count, as<float>(y));
-           })
-      .def("train",
-           [](Mlp& mlp, uintptr_t x, int64_t x_stride, uintptr_t y, uintptr_t order, int64_t batch,
-              const std::vector<double>& rates) {
-             py::gil_scoped_release release;
-             return mlp.train(as<const float>(x), x_stride, as<const int64_t>(y), as<const int64_t>(order),
-                              rates.size(), batch, rates.data());
-           })
-      .def("evaluate",
-           [](Mlp& mlp, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t count) {
-             double loss;
-             int64_t right;
-             {
-               py::gil_scoped_release release;
-               mlp.evaluate(as<const float>(x), x_stride, as<const int64_t>(y), count, &loss, &right);
-             }
-             return std::make_pair(loss, right);
-           })
-      .def("store", [](const Mlp& mlp, int64_t layer, uintptr_t weight, uintptr_t bias) {
-        mlp.store(layer, as<float>(weight), as<float>(bias));
       });
 
   // masked_optim

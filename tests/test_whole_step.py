@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def isa(request, monkeypatch):
     _ext.extension().cpu_set_isa("auto")
 
 
-def data(n=300, features=37, classes=5, seed=0):
+def data(n=300, shape=(37,), seed=0, classes=5):
+    features = math.prod(shape)
     centers = torch.randn(classes, features, generator=torch.Generator().manual_seed(99))
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(classes, (n,), generator=g)
@@ -38,12 +40,13 @@ def network(density=1.0, widths=(37, 50, 18, 5), bias=True, seed=0):
     return model
 
 
-def both_ways(model, **options):
+def both_ways(model, shape=(37,), **options):
     """(model, history) through the modules and in C++, from the same start."""
     results = []
     for whole in (False, True):
         settings = {"batch_size": 60, "budget": 100, "evaluate_every": 10, "lr": 1e-3} | options
-        trainer = sl.Trainer(data(), data(100, seed=1), data(90, seed=2), whole_step=whole, **settings)
+        parts = [(x.view(-1, *shape), y) for x, y in (data(shape=shape), data(100, shape, 1), data(90, shape, 2))]
+        trainer = sl.Trainer(*parts, whole_step=whole, **settings)
         trained = copy.deepcopy(model)
         assert (trainer.why_not_whole_step(trained) is None) == whole
         results.append((trained, trainer.fit(trained, seed=3)))
@@ -229,10 +232,11 @@ def test_why_not():
     assert "'amsgrad'" in reason(optimizer_options={"amsgrad": True})
     assert "a Dropout" in reason(nn.Sequential(nn.Linear(37, 9), nn.Dropout(0.5), nn.Linear(9, 5)))
     assert "not an nn.Sequential" in reason(nn.Linear(37, 5))
-    assert "no linear layer" in reason(nn.Sequential(nn.Flatten()), None, optimizer="sgd")
+    assert "no layer with weights" in reason(nn.Sequential(nn.Flatten()), None, optimizer="sgd")
+    assert "drops while training" in reason(nn.Sequential(nn.Linear(37, 9), nn.Dropout(0.5), nn.Linear(9, 5)).eval())
     assert "float32" in reason(network().double())
     assert "labels that are no class" in reason(network(widths=(37, 3)))
-    assert "vectors of 36 features" in reason(network(widths=(36, 5)))
+    assert "expected 36 channels or features, got 37" in reason(network(widths=(36, 5)))
     frozen = network()
     frozen[1].weight.requires_grad_(False)
     assert "not trained" in reason(frozen)
@@ -241,10 +245,10 @@ def test_why_not():
     assert "share a parameter" in reason(shared)
     hooked = network()
     hooked[3].register_forward_hook(lambda *_: None)
-    assert "a hook on a Linear" in reason(hooked)
+    assert "a Linear: it has a hook" in reason(hooked)
     own = network()
     own[3].forward = lambda x: x
-    assert "a hook on a Linear" in reason(own)
+    assert "a Linear: it has a hook" in reason(own)
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
         clipped = network()
         getattr(clipped[3].bias, register)(lambda g: None)

@@ -1,11 +1,9 @@
-// A Network's plan, memory and passes; the layers are in network_*.cpp.
+// A Network's passes; what it consists of is in network_plan.h, the layers are in network_*.cpp.
 //
 // Layers that take one group (vector of the batch) at a time are run depth first: a group goes through all of them
 // while it is in the caches. Linear layers take a tile of kTile groups, so that a weight that was read serves them all.
 // Batch normalization that learns from the batch waits for all groups.
 #include "../network.h"
-
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,63 +13,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "isa.h"
-#include "network_layers.h"
+#include "network_plan.h"
 
 namespace sl::cpu {
-namespace {
-
-constexpr int64_t kParallelWork = 1 << 22;  // multiply-adds of a stage below which waking threads costs more
-
-#define SL_KERNELS(ns)                                                                                               \
-  NetworkKernels {                                                                                                   \
-    ns::net_width(), ns::net_pack, ns::net_unpack, ns::net_copy, ns::net_relu_gradient, ns::net_sums,                \
-        ns::net_max_pool, ns::net_max_pool_backward, ns::net_avg_pool, ns::net_avg_pool_backward, ns::net_norm_sums, \
-        ns::net_norm_apply, ns::net_norm_products, ns::net_norm_backward, ns::net_conv_sparse,                       \
-        ns::net_conv_sparse_gradients, ns::net_conv_dense, ns::net_conv_dense_weight, ns::mlp_dense_forward,         \
-        ns::mlp_dense_input, ns::mlp_dense_weight, ns::mlp_relu, ns::mlp_relu_gradient, ns::mlp_sums,                \
-        ns::masked_linear_tile_forward, ns::masked_linear_tile_backward                                              \
-  }
-
-NetworkKernels kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::kAvx512) return SL_KERNELS(avx512);
-  if (isa() == Isa::kAvx2) return SL_KERNELS(avx2);
-#endif
-  return SL_KERNELS(portable);
-}
-
-// What lies between two layers: an activation and its gradient.
-struct Node {
-  Extent extent;
-  Space activation, gradient;
-};
-
-struct Step {
-  int64_t layer, from, to;  // nodes
-  bool relu;
-};
-
-// Steps [first, last) that a group passes at once, or one step that takes a tile.
-struct Stage {
-  int64_t first, last;
-  bool tiles;
-  int64_t work;  // multiply-adds forward for one example
-};
-
-struct Plan {
-  std::vector<Step> steps;
-  std::vector<Stage> stages;
-  std::vector<char> inside;  // by node: written and read within one stage, so that threads reuse one group's memory
-};
-
-// One array for each node, with room for `slots` groups each.
-struct Memory {
-  std::vector<Array<float>> node;
-  std::vector<int64_t> slots;
-};
-
-}  // namespace
 
 struct NetworkTape::Impl {
   Memory memory;
@@ -89,14 +33,10 @@ NetworkTape::~NetworkTape() {
   if (impl_->free->size() < 2) impl_->free->push_back(std::move(impl_->memory));
 }
 
-struct Network::Impl {
-  NetworkKernels k = kernels();
+struct Network::Impl : Blueprint {
   bool trains = false;
   NetworkOptimizer optimizer{};
   int64_t caller_layers = 0;
-  std::vector<std::unique_ptr<Layer>> layers;
-  std::vector<Node> nodes;  // layers + 1
-  Plan learning, inference;
   std::vector<Parameter*> parameters;
   std::vector<OptimTensor> tensors;
   Memory activation, gradient;
@@ -107,214 +47,41 @@ struct Network::Impl {
   std::shared_ptr<std::vector<Memory>> free = std::make_shared<std::vector<Memory>>();
   std::shared_ptr<std::mutex> free_lock = std::make_shared<std::mutex>();
 
-  // --- what it is made of ---
-
-  void add(std::unique_ptr<Layer> layer, int64_t index, Node& at, bool& flattened) {
-    layer->index = index;
-    if (layer->takes_tiles()) at.activation.flat = at.gradient.flat = true;
-    if (layer->is_conv()) at.activation = layer->input_space();
-    Node next;
-    next.extent = layer->out;
-    next.gradient = layer->gradient_space();
-    if (layer->takes_tiles()) next.activation.flat = flattened = true;
-    nodes.push_back(at);
-    at = next;
-    layers.push_back(std::move(layer));
-  }
-
-  void build(Extent input, const std::vector<NetworkLayer>& all, double linear_densest, double conv_densest) {
-    using Kind = NetworkLayer::Kind;
-    Node at;
-    at.extent = input;
-    bool flattened = false;
-    const auto after_conv = [this] { return !layers.empty() && layers.back()->is_conv(); };
-    for (size_t i = 0; i < all.size(); i++) {
-      const NetworkLayer& l = all[i];
-      const auto fail = [i](const std::string& why) {
-        throw std::invalid_argument("layers[" + std::to_string(i) + "]: " + why);
-      };
-      const bool single = at.extent.height == 1 && at.extent.width == 1;
-      try {
-        switch (l.kind) {
-          case Kind::kLinear:
-            if (!single) fail("linear: expected a flatten before it");
-            if (l.outputs < 1 || l.outputs >= (int64_t{1} << 32) / at.extent.channels) fail("linear: too large");
-            if (after_conv()) add(make_copy(at.extent), -1, at, flattened);
-            add(make_linear(l, at.extent, linear_densest, k.width), i, at, flattened);
-            break;
-          case Kind::kConv2d:
-            if (flattened) fail("conv2d: expected images, got vectors");
-            add(make_conv(l, at.extent, conv_densest, k.width), i, at, flattened);
-            break;
-          case Kind::kMaxPool2d:
-          case Kind::kAvgPool2d:
-            if (flattened) fail("pooling: expected images, got vectors");
-            add(make_pool(l, at.extent), i, at, flattened);
-            break;
-          case Kind::kBatchNorm:
-            add(std::make_unique<NormLayer>(l, at.extent), i, at, flattened);
-            if (flattened) at.activation.flat = true;
-            break;
-          case Kind::kReLU:
-            if (layers.empty()) add(make_copy(at.extent), i, at, flattened);
-            layers.back()->relu = true;
-            break;
-          case Kind::kFlatten:
-            if (!single) {
-              if (after_conv()) add(make_copy(at.extent), -1, at, flattened);
-              flattened = at.activation.flat = at.gradient.flat = true;
-              at.extent = {at.extent.channels * at.extent.height * at.extent.width, 1, 1};
-            }
-            break;
-        }
-      } catch (const std::invalid_argument& error) {
-        const std::string what = error.what();
-        if (what.rfind("layers[", 0) == 0) throw;
-        fail(what);
-      }
-    }
-    if (trains && after_conv()) add(make_copy(at.extent), -1, at, flattened);
-    if (layers.empty()) add(make_copy(at.extent), -1, at, flattened);
-    if (!layers.back()->is_conv()) at.activation.flat = at.gradient.flat = true;
-    nodes.push_back(at);
-    caller_layers = all.size();
-    plan(learning, false);
-    plan(inference, true);
-    for (auto& layer : layers) {
-      waits = waits || layer->is_norm();
-      for (Parameter* p : layer->parameters()) parameters.push_back(p);
-    }
-  }
-
-  void plan(Plan& plan, bool folds) const {
-    for (size_t i = 0; i < layers.size(); i++) {
-      Step s{static_cast<int64_t>(i), static_cast<int64_t>(i), static_cast<int64_t>(i) + 1, layers[i]->relu};
-      if (folds && !s.relu && layers[i]->folds() && i + 1 < layers.size() && layers[i + 1]->is_norm()) {
-        s.to++;
-        s.relu = layers[++i]->relu;
-      }
-      plan.steps.push_back(s);
-    }
-    plan.inside.assign(nodes.size(), 0);
-    for (size_t i = 0; i < plan.steps.size(); i++) {
-      const Step& s = plan.steps[i];
-      const Layer& layer = *layers[s.layer];
-      const bool tiles = layer.takes_tiles();
-      const bool joins = i > 0 && !tiles && !plan.stages.back().tiles && !(layer.is_norm() && !folds);
-      if (joins) {
-        plan.stages.back().last++;
-        plan.stages.back().work += layer.work();
-        // The gradient behind a normalization is read once more when those of all groups are there.
-        const Layer& before = *layers[plan.steps[i - 1].layer];
-        plan.inside[s.from] = folds || !before.is_norm();
-      } else {
-        const auto at = static_cast<int64_t>(i);
-        plan.stages.push_back({at, at + 1, tiles, layer.work()});
-      }
-    }
-  }
-
-  const Extent& outputs() const { return nodes.back().extent; }
-  int64_t classes() const { return outputs().channels * outputs().height * outputs().width; }
-
-  // --- memory and views ---
-
-  void reserve(Memory& m, int64_t slots, int64_t private_slots, const std::vector<char>& inside, bool gradients) {
-    m.node.resize(nodes.size());
-    m.slots.resize(nodes.size(), 0);
-    for (size_t i = gradients && !wants_dx ? 1 : 0; i < nodes.size(); i++) {
-      const Space& space = gradients ? nodes[i].gradient : nodes[i].activation;
-      const bool own = inside[i] && !space.flat;
-      const int64_t wanted = own ? private_slots : space.flat ? (slots + kTile - 1) / kTile * kTile : slots;
-      if (wanted <= m.slots[i]) continue;
-      const int64_t size = wanted * space.group_size(nodes[i].extent) * k.width;
-      std::fill_n(m.node[i].reserve(size), size, 0.f);  // margins stay as they are from here on
-      m.slots[i] = wanted;
-    }
-  }
-
-  bool wants_dx = false;
-
-  // group: in the whole chunk; slot: where a node inside a stage has it.
-  View view(const Memory& m, int64_t node, bool gradient, const Extent& extent, int64_t group, int64_t slot,
-            int64_t tile) const {
-    const Node& n = nodes[node];
-    const Space& space = gradient ? n.gradient : n.activation;
-    if (m.node[node].get() == nullptr) return {nullptr, 0, 0, 0};
-    const int64_t size = space.group_size(n.extent) * k.width;
-    float* base = m.node[node].get() + (space.flat ? group / kTile * kTile : slot) * size;
-    return space.view(base, extent, tile, group % kTile, k.width);
-  }
-
-  // A batch, or part of one, in groups.
-  struct Chunk {
-    int64_t count, groups;
-    int64_t width;
-    int64_t tile(int64_t group) const { return std::min(kTile, groups - group / kTile * kTile); }
-    int64_t examples(int64_t group) const { return std::min(width, count - group * width); }
-  };
-  Chunk chunk(int64_t count) const { return {count, (count + k.width - 1) / k.width, k.width}; }
-
-  // Calls f(group, share, thread) for all groups.
-  template <class F>
-  void for_groups(const Chunk& c, int64_t work, F f) const {
-    const int64_t shares = std::min(c.groups, kShares);
-    const int threads = thread_count(c, work);
-    const auto run = [&](int64_t share, int thread) {
-      for (int64_t g = share * c.groups / shares; g < (share + 1) * c.groups / shares; g++) f(g, share, thread);
-    };
-    if (threads == 1) {  // a team of one costs a microsecond
-      for (int64_t share = 0; share < shares; share++) run(share, 0);
-      return;
-    }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t share = 0; share < shares; share++) run(share, omp_get_thread_num());
-  }
-  int thread_count(const Chunk& c, int64_t work) const {
-    if (omp_in_parallel() || work * c.count < kParallelWork) return 1;
-    return std::max(1, std::min<int>(max_threads(), static_cast<int>(std::min(c.groups, kShares))));
-  }
-  int64_t private_slots(const Chunk& c) const {
-    return std::max<int64_t>(1, std::min<int64_t>(max_threads(), std::min(c.groups, kShares)));
-  }
-
   // --- passes ---
 
   void pack(const Memory& m, bool gradient, int64_t node, const Chunk& c, const float* x, int64_t stride,
             const int64_t* order, int64_t first) const {
-    for_groups(c, nodes[node].extent.channels * nodes[node].extent.height * nodes[node].extent.width,
-               [&](int64_t g, int64_t, int) {
-                 Extent e = nodes[node].extent;
-                 const Space& space = gradient ? nodes[node].gradient : nodes[node].activation;
-                 if (space.flat) e = {1, 1, e.channels * e.height * e.width};
-                 const View v = view(m, node, gradient, e, g, g, c.tile(g));
-                 EdgeArgs a{};
-                 a.from = x;
-                 a.stride = stride;
-                 a.order = order != nullptr ? order + g * k.width : nullptr;
-                 a.first = first + g * k.width;
-                 a.count = c.examples(g);
-                 a.extent = e;
-                 a.view = v;
-                 k.pack(a);
-               });
+    for_groups(c, values(node), [&](int64_t g, int64_t, int) {
+      Extent e = nodes[node].extent;
+      const Space& space = gradient ? nodes[node].gradient : nodes[node].activation;
+      if (space.flat) e = {1, 1, e.channels * e.height * e.width};
+      const View v = view(m, node, gradient, e, g, g, c.tile(g));
+      EdgeArgs a{};
+      a.from = x;
+      a.stride = stride;
+      a.order = order != nullptr ? order + g * k.width : nullptr;
+      a.first = first + g * k.width;
+      a.count = c.examples(g);
+      a.extent = e;
+      a.view = v;
+      k.pack(a);
+    });
   }
 
   void unpack(const Memory& m, bool gradient, int64_t node, const Chunk& c, float* y, int64_t first) const {
-    for_groups(c, nodes[node].extent.channels * nodes[node].extent.height * nodes[node].extent.width,
-               [&](int64_t g, int64_t, int) {
-                 Extent e = nodes[node].extent;
-                 const Space& space = gradient ? nodes[node].gradient : nodes[node].activation;
-                 EdgeArgs a{};
-                 a.stride = e.channels * e.height * e.width;
-                 if (space.flat) e = {1, 1, a.stride};
-                 a.to = y;
-                 a.first = first + g * k.width;
-                 a.count = c.examples(g);
-                 a.extent = e;
-                 a.view = view(m, node, gradient, e, g, g, c.tile(g));
-                 k.unpack(a);
-               });
+    for_groups(c, values(node), [&](int64_t g, int64_t, int) {
+      Extent e = nodes[node].extent;
+      const Space& space = gradient ? nodes[node].gradient : nodes[node].activation;
+      EdgeArgs a{};
+      a.stride = e.channels * e.height * e.width;
+      if (space.flat) e = {1, 1, a.stride};
+      a.to = y;
+      a.first = first + g * k.width;
+      a.count = c.examples(g);
+      a.extent = e;
+      a.view = view(m, node, gradient, e, g, g, c.tile(g));
+      k.unpack(a);
+    });
   }
 
   void forward(const Plan& plan, const Memory& m, const Chunk& c, bool reuses, bool batch_statistics, bool update) {
@@ -336,23 +103,17 @@ struct Network::Impl {
         for (int64_t g = 0; g < c.groups; g += kTile) run(plan.steps[stage.first], g, 0, 0);
         continue;
       }
-      for_groups(c, stage_work(stage), [&](int64_t g, int64_t share, int thread) {
+      for_groups(c, work(plan, stage), [&](int64_t g, int64_t share, int thread) {
         for (int64_t i = stage.first; i < stage.last; i++) run(plan.steps[i], g, share, thread);
       });
     }
-  }
-
-  // Pooling and the like cost something, too.
-  int64_t stage_work(const Stage& stage) const {
-    const Extent& e = nodes[learning.steps.empty() ? 0 : stage.first].extent;
-    return stage.work + e.channels * e.height * e.width;
   }
 
   void prepare_norm(const Memory& m, const Step& s, const Chunk& c, bool update) {
     auto& norm = static_cast<NormLayer&>(*layers[s.layer]);
     norm.start_statistics(c.groups);
     for (int round = 0; round < 2; round++) {
-      for_groups(c, norm.in.channels * norm.in.height * norm.in.width, [&](int64_t g, int64_t share, int) {
+      for_groups(c, values(s.from), [&](int64_t g, int64_t share, int) {
         const Pass pass{&k, c.tile(g), c.examples(g), share, false, true};
         norm.group_statistics(pass, g, view(m, s.from, false, norm.in, g, g, pass.tile));
       });
@@ -362,8 +123,7 @@ struct Network::Impl {
 
   // The gradient of the last node is there. add: to the gradients of this minibatch's earlier chunks.
   void backward(const Memory& m, const Chunk& c, bool add, bool batch_statistics) {
-    const int64_t shares = std::min(c.groups, kShares);
-    for (auto& layer : layers) layer->start_gradients(shares);
+    for (auto& layer : layers) layer->start_gradients(c.shares());
     const Plan& plan = learning;
     for (size_t at = plan.stages.size(); at-- > 0;) {
       const Stage& stage = plan.stages[at];
@@ -391,7 +151,7 @@ struct Network::Impl {
       const Step& head = plan.steps[stage.first];
       Layer& first = *layers[head.layer];
       if (first.is_norm()) static_cast<NormLayer&>(first).start_statistics(c.groups);
-      for_groups(c, 2 * stage_work(stage), [&](int64_t g, int64_t share, int thread) {
+      for_groups(c, 2 * work(plan, stage), [&](int64_t g, int64_t share, int thread) {
         for (int64_t i = stage.last; i-- > stage.first;) run(plan.steps[i], g, share, thread);
       });
       if (first.is_norm()) finish_norm(m, head, c, batch_statistics);
@@ -403,7 +163,7 @@ struct Network::Impl {
     auto& norm = static_cast<NormLayer&>(*layers[s.layer]);
     norm.finish_products(c.groups, c.count, batch_statistics);
     if (s.from == 0 && !wants_dx) return;
-    for_groups(c, norm.in.channels * norm.in.height * norm.in.width, [&](int64_t g, int64_t share, int) {
+    for_groups(c, values(s.from), [&](int64_t g, int64_t share, int) {
       const Pass pass{&k, c.tile(g), c.examples(g), share, false, batch_statistics};
       const View x = view(m, s.from, false, norm.in, g, g, pass.tile);
       const View gy = view(gradient, s.to, true, norm.out, g, g, pass.tile);
@@ -467,7 +227,7 @@ struct Network::Impl {
 
   // Tile by tile: labels of the chunk's examples.
   double losses(const Memory& m, const Chunk& c, const int64_t* label, float scale, bool gradients, int64_t* right) {
-    const auto last = static_cast<int64_t>(nodes.size()) - 1;
+    const int64_t last = last_node();
     double total = 0;
     for (int64_t g = 0; g < c.groups; g += kTile) {
       const int64_t tile = c.tile(g), count = std::min(tile * k.width, c.count - g * k.width);
@@ -531,7 +291,13 @@ Network::Network(int64_t channels, int64_t height, int64_t width, const std::vec
     : impl_(new Impl) {
   if (channels < 1 || height < 1 || width < 1) throw std::invalid_argument("input: expected sizes of at least 1");
   impl_->trains = optimizer != nullptr;
-  impl_->build({channels, height, width}, layers, linear_densest, conv_densest);
+  Impl& m = *impl_;
+  m.caller_layers = layers.size();
+  m.build({channels, height, width}, layers, m.trains, linear_densest, conv_densest);
+  for (const auto& layer : m.layers) {
+    m.waits = m.waits || layer->is_norm();
+    for (Parameter* p : layer->parameters()) m.parameters.push_back(p);
+  }
   if (optimizer != nullptr) impl_->start_optimizer(*optimizer);
 }
 
@@ -552,7 +318,7 @@ double Network::train(const float* x, int64_t x_stride, const int64_t* y, const 
   m.fold(false);
   m.wants_dx = false;
   const int64_t lanes = m.waits ? batch : std::min(batch, kTile * m.k.width);
-  const Impl::Chunk whole = m.chunk(lanes);
+  const Chunk whole = m.chunk(lanes);
   m.reserve(m.activation, whole.groups, whole.groups, m.learning.inside, false);
   m.reserve(m.gradient, whole.groups, m.private_slots(whole), m.learning.inside, true);
   std::vector<int64_t> label(lanes);
@@ -560,7 +326,7 @@ double Network::train(const float* x, int64_t x_stride, const int64_t* y, const 
   for (int64_t s = 0; s < steps; s++) {
     double loss = 0;
     for (int64_t first = 0; first < batch; first += lanes) {
-      const Impl::Chunk c = m.chunk(std::min(lanes, batch - first));
+      const Chunk c = m.chunk(std::min(lanes, batch - first));
       const int64_t* chosen = order + s * batch + first;
       for (int64_t b = 0; b < c.count; b++) label[b] = y[chosen[b]];
       m.pack(m.activation, false, 0, c, x, x_stride, chosen, 0);
@@ -581,12 +347,12 @@ void Network::evaluate(const float* x, int64_t x_stride, const int64_t* y, int64
   if (!m.nodes.back().activation.flat) throw std::invalid_argument("layers: expected outputs that are classes");
   m.fold(true);
   const int64_t lanes = std::min(count, kTile * m.k.width);
-  const Impl::Chunk whole = m.chunk(lanes);
+  const Chunk whole = m.chunk(lanes);
   m.reserve(m.activation, whole.groups, m.private_slots(whole), m.inference.inside, false);
   *loss = 0;
   *right = 0;
   for (int64_t first = 0; first < count; first += lanes) {
-    const Impl::Chunk c = m.chunk(std::min(lanes, count - first));
+    const Chunk c = m.chunk(std::min(lanes, count - first));
     m.pack(m.activation, false, 0, c, x, x_stride, nullptr, first);
     m.forward(m.inference, m.activation, c, true, false, false);
     *loss += m.losses(m.activation, c, y + first, 0.f, false, right);
@@ -598,13 +364,13 @@ void Network::forward(const float* x, int64_t x_stride, int64_t count, float* y)
   std::lock_guard<std::mutex> guard(m.lock);
   m.fold(true);
   const int64_t lanes = std::min(count, kTile * m.k.width);
-  const Impl::Chunk whole = m.chunk(lanes);
+  const Chunk whole = m.chunk(lanes);
   m.reserve(m.activation, whole.groups, m.private_slots(whole), m.inference.inside, false);
   for (int64_t first = 0; first < count; first += lanes) {
-    const Impl::Chunk c = m.chunk(std::min(lanes, count - first));
+    const Chunk c = m.chunk(std::min(lanes, count - first));
     m.pack(m.activation, false, 0, c, x, x_stride, nullptr, first);
     m.forward(m.inference, m.activation, c, true, false, false);
-    m.unpack(m.activation, false, static_cast<int64_t>(m.nodes.size()) - 1, c, y, first);
+    m.unpack(m.activation, false, m.last_node(), c, y, first);
   }
 }
 
@@ -624,11 +390,11 @@ std::unique_ptr<NetworkTape> Network::record(const float* x, int64_t x_stride, i
   }
   tape->count = count;
   tape->training = training;
-  const Impl::Chunk c = m.chunk(count);
+  const Chunk c = m.chunk(count);
   m.reserve(tape->memory, c.groups, c.groups, m.learning.inside, false);
   m.pack(tape->memory, false, 0, c, x, x_stride, nullptr, 0);
   m.forward(m.learning, tape->memory, c, false, training, training);
-  m.unpack(tape->memory, false, static_cast<int64_t>(m.nodes.size()) - 1, c, y, 0);
+  m.unpack(tape->memory, false, m.last_node(), c, y, 0);
   for (const auto& layer : m.layers) {
     tape->statistics.push_back(layer->is_norm() ? static_cast<NormLayer&>(*layer).statistics() : Statistics{});
   }
@@ -646,14 +412,14 @@ void Network::backward(const NetworkTape& tape, const float* grad, float* dx,
   }
   m.fold(false);
   m.wants_dx = dx != nullptr;
-  const Impl::Chunk c = m.chunk(t.count);
+  const Chunk c = m.chunk(t.count);
   m.reserve(m.gradient, c.groups, m.private_slots(c), m.learning.inside, true);
   for (Parameter* p : m.parameters) p->reserve_gradient();
   for (size_t i = 0; i < m.layers.size(); i++) {
     if (m.layers[i]->is_norm()) static_cast<NormLayer&>(*m.layers[i]).use(t.statistics[i]);
   }
   const int64_t outputs = m.classes();
-  m.pack(m.gradient, true, static_cast<int64_t>(m.nodes.size()) - 1, c, grad, outputs, nullptr, 0);
+  m.pack(m.gradient, true, m.last_node(), c, grad, outputs, nullptr, 0);
   m.backward(t.memory, c, false, t.training);
   if (dx != nullptr) m.unpack(m.gradient, true, 0, c, dx, 0);
   for (const auto& layer : m.layers) {

@@ -7,9 +7,9 @@
 
 #include "../masked_optim.h"
 #include "../network.h"
+#include "network_dense_simd.h"
 #include "network_simd.h"
 #include "sparse_order.h"
-#include "whole_step_simd.h"
 
 namespace sl::cpu {
 
@@ -31,10 +31,10 @@ struct NetworkKernels {
   decltype(&portable::net_conv_sparse_gradients) conv_sparse_gradients;
   decltype(&portable::net_conv_dense) conv_dense;
   decltype(&portable::net_conv_dense_weight) conv_dense_weight;
-  decltype(&portable::mlp_dense_forward) dense_forward, dense_input, dense_weight;
-  decltype(&portable::mlp_relu) tile_relu;
-  decltype(&portable::mlp_relu_gradient) tile_relu_gradient;
-  decltype(&portable::mlp_sums) tile_sums;
+  decltype(&portable::net_dense_forward) dense_forward, dense_input, dense_weight;
+  decltype(&portable::net_tile_relu) tile_relu;
+  decltype(&portable::net_tile_relu_gradient) tile_relu_gradient;
+  decltype(&portable::net_tile_sums) tile_sums;
   decltype(&portable::masked_linear_tile_forward) sparse_forward;
   decltype(&portable::masked_linear_tile_backward) sparse_backward;
 };

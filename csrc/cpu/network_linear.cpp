@@ -1,4 +1,4 @@
-// Linear layers in a Network: sparse ones by masked_linear's loops, others by those of whole_step_simd.cpp.
+// Linear layers in a Network: sparse ones by masked_linear's loops, others by those of network_dense_simd.cpp.
 #include <omp.h>
 
 #include <cstring>

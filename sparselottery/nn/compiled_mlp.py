@@ -1,5 +1,4 @@
-"""Networks of linear layers and ReLU that run as one call into C++ (csrc/whole_step.h): for inference here, for training in
-training/whole_step.py."""
+"""Networks of linear layers and ReLU that run as one call into C++ (csrc/network.h), for inference."""
 
 from __future__ import annotations
 
@@ -97,20 +96,23 @@ def has_global_hooks() -> bool:
     )
 
 
-def make_network(layers: list[tuple[nn.Linear, bool]], **options):
-    """The layers of `layers_of` as a network in C++ with copies of their weights; `options` are those of `CpuMlp`."""
-    rows, keep = [], []
+def make_network(layers: list[tuple[nn.Linear, bool]]):
+    """The layers of `layers_of` as a network in C++ with copies of their weights."""
+    fields, keep = [], []
     for linear, relu in layers:
-        words = 0
-        weight = linear.weight
+        weight, words = linear.weight, 0
         if isinstance(linear, MaskedLinear):
             if not linear._premasked():  # lent by functional_call: as it comes, and not to be written to
                 weight = torch.where(bitmask.unpack(linear.weight_mask, weight.shape), weight.detach(), 0.0)
             keep += [weight, linear.weight_mask.contiguous()]
             words = keep[-1].data_ptr()
         bias = 0 if linear.bias is None else linear.bias.data_ptr()
-        rows.append((linear.out_features, linear.in_features, weight.data_ptr(), words, bias, relu))
-    return _ext.extension().CpuMlp(rows, densest=DENSEST, **options)
+        layer = {"kind": "linear", "outputs": linear.out_features, "weight": weight.data_ptr(), "words": words}
+        fields.append(layer | {"bias": bias})
+        if relu:
+            fields.append({"kind": "relu"})
+    shape = (layers[0][0].in_features, 1, 1)
+    return _ext.extension().CpuNetwork(shape, fields, linear_densest=DENSEST, conv_densest=0.0)
 
 
 class CompiledMLP(nn.Module):

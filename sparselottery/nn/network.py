@@ -29,6 +29,7 @@ LINEAR_DENSEST, CONV_DENSEST = 0.6, 0.5
 
 LINEAR, CONV = (nn.Linear, MaskedLinear), (nn.Conv2d, MaskedConv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+ALONE = "no layer with weights beside it"
 
 
 # ---- one module ----
@@ -210,6 +211,20 @@ def plan(modules: list[nn.Module]) -> tuple[list[Run], dict[int, str]]:
     return runs, reasons
 
 
+def whole(model: nn.Module) -> Run | str:
+    """All of an nn.Sequential as one run, or what is in it that C++ can't run."""
+    if type(model) is not nn.Sequential:
+        return f"a {type(model).__name__}, not an nn.Sequential"
+    if has_hook(model):
+        return "a hook on the model"
+    modules = [module for _, module in flat(model)]
+    runs, reasons = plan(modules)
+    if reasons:
+        place = min(reasons, key=lambda i: (reasons[i] == ALONE, i))  # what is left out because of another one, last
+        return f"a {type(modules[place]).__name__}: {reasons[place]}"
+    return runs[0] if len(runs) == 1 else "layers that do not fit together" if runs else "no layer with weights"
+
+
 class _Open:
     """A run that is being gathered."""
 
@@ -240,7 +255,7 @@ class _Open:
             runs.append(Run(self.first, last, self.layers, self.takes, self.gives, bool(self.training)))
         else:
             for i in range(self.first, last + 1):
-                reasons[i] = "no layer with weights beside it"
+                reasons[i] = ALONE
         return _Open(place)
 
 
@@ -279,16 +294,8 @@ class Compiled:
         self._make()
 
     def _make(self):
-        _check_shapes(self.run, self.shape)
-        layers = []
-        for module, fields in self.run.layers:
-            weight, bias, mean, variance = _addresses(module)
-            layer = fields | {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
-            if isinstance(module, MaskedWeight) and not module._nothing_pruned():
-                layer["words"] = module.weight_mask.data_ptr()
-            layers.append(layer)
-        densest = {"linear_densest": LINEAR_DENSEST, "conv_densest": CONV_DENSEST}
-        self.network = _ext.extension().CpuNetwork(self.shape, layers, **densest)
+        check_shapes(self.run, self.shape)
+        self.network = make(self.run, self.shape)
         shape = self.network.output_shape()
         self.output = shape if self.run.gives == "image" else shape[:1]
         self.seen = [_Seen(module) for module, _ in self.run.layers]
@@ -302,27 +309,58 @@ class Compiled:
                 self._make()
                 return
             if seen.values_changed(stepped):
-                self.network.load(i, _addresses(seen.module))
+                self.network.load(i, addresses(seen.module))
                 seen.look()
 
     def take_statistics(self) -> None:
         """Write BatchNorm's running statistics, which a forward pass in training mode has moved on in C++, to the modules."""
         for i in self.norms:
             module = self.run.layers[i][0]
-            self.network.store(i, (0, 0, *_addresses(module)[2:]))
+            self.network.store(i, (0, 0, *addresses(module)[2:]))
             increment_version([module.running_mean, module.running_var])
             if module.num_batches_tracked is not None:
                 module.num_batches_tracked.add_(1)
             self.seen[i].look()
 
 
-def _check_shapes(run, shape) -> None:
-    """C++ goes by the shapes that flow through it and would read that much of each parameter.
+def make(
+    run: Run,
+    shape: tuple[int, int, int],
+    optimizer: dict[str, float] | None = None,
+    *,
+    linear_densest: float = LINEAR_DENSEST,
+    conv_densest: float = CONV_DENSEST,
+):
+    """A `CpuNetwork` of a run with copies of its parameters.
+
+    Args:
+        optimizer: the numbers that it then trains with, by name.
+        linear_densest, conv_densest: up to these densities layers are kept as survivors alone.
+    """
+    layers, keep = [], []
+    for module, fields in run.layers:
+        weight, bias, mean, variance = addresses(module)
+        layer = fields | {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
+        premasked = isinstance(module, MaskedWeight) and module._premasked()
+        if isinstance(module, MaskedWeight) and not (premasked and module._nothing_pruned()):
+            layer["words"] = module.weight_mask.data_ptr()
+            if not premasked:  # lent by functional_call: as it comes, and not to be written to
+                mask = bitmask.unpack(module.weight_mask, module.weight.shape)
+                keep.append(torch.where(mask, module.weight.detach(), 0.0))
+                layer["weight"] = keep[-1].data_ptr()
+        layers.append(layer)
+    densest = {"linear_densest": linear_densest, "conv_densest": conv_densest}
+    return _ext.extension().CpuNetwork(shape, layers, **densest, optimizer=optimizer)
+
+
+def check_shapes(run: Run, shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """The shape of an example behind each layer. C++ goes by these shapes and would read that much of each parameter.
 
     Raises:
         ValueError: a layer is made for another shape than comes to it.
     """
     channels, height, width = shape
+    shapes = []
     for module, fields in run.layers:
         if fields["kind"] in ("linear", "flatten"):
             channels, height, width = channels * height * width, 1, 1
@@ -340,6 +378,8 @@ def _check_shapes(run, shape) -> None:
             height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in window)
             if height < 1 or width < 1:
                 raise ValueError(f"{type(module).__name__}: its kernel is larger than the image")
+        shapes.append((channels, height, width))
+    return shapes
 
 
 class _Seen:
@@ -389,7 +429,7 @@ def _survivor(module) -> int:
     return row * (module.weight.numel() // len(words)) + 32 * word + (bits & -bits).bit_length() - 1
 
 
-def _addresses(module: nn.Module) -> tuple[int, int, int, int]:
+def addresses(module: nn.Module) -> tuple[int, int, int, int]:
     """Of weight, bias, running mean and running variance; 0 for none."""
     parameters, buffers = module._parameters, module._buffers
     found = parameters.get("weight"), parameters.get("bias"), buffers.get("running_mean"), buffers.get("running_var")

@@ -43,10 +43,11 @@ class Trainer:
         loss: `loss(output, y) -> scalar`, a mean over examples. evaluation_batch: examples in a forward pass of evaluation.
         augment: `augment(x, generator) -> x` changes each training minibatch at random, such as `training.augment.flip_crop`;
             the generator (CPU) is a function of seed and iteration.
-        whole_step: train networks of linear layers and ReLU on a CPU in C++; `why_not_whole_step(model)` says where that does
-            not apply. Losses are the same up to rounding. Faster the sparser and smaller the network is (a network like
-            LeNet-300-100: several times). Forward and backward take one thread, so that a dense network of millions of
-            weights, or large batches of one, may train faster through its modules on many: False does that.
+        whole_step: train Sequentials of linear layers, convolutions, pooling, BatchNorm and ReLU on a CPU in C++ where that is
+            faster; `why_not_whole_step(model)` says where it is not. Losses are the same up to rounding. Faster the sparser and
+            smaller the network is (a network like LeNet-300-100: several times). Which way is taken does not depend on the
+            number of threads; a batch is shared by at most four of them (eight with BatchNorm), so that on many threads a
+            mostly dense network may train faster through its modules: False does that.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -324,7 +325,7 @@ class Trainer:
             return f"a model on {_device(model)}"
         if self.augment is not None:
             return "minibatches are augmented"
-        return why_not(model, self.data, self.optimizer, self.optimizer_options, self.loss)
+        return why_not(model, self.data, self.optimizer, self.optimizer_options, self.loss, self.batch_size)
 
     def _runner(self, model, data, seed, start, penalty, on_epoch, schedule):
         optimizer = self._make_optimizer(model)

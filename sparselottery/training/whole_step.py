@@ -1,10 +1,10 @@
-"""Training a multilayer perceptron on a CPU without a way back to Python between steps.
+"""Training on a CPU without a way back to Python between steps.
 
-A step of a small network costs more in Python and autograd than in arithmetic. `sl.Trainer` therefore hands networks made of
-linear layers and ReLU to C++ (csrc/whole_step.h), which runs forward, cross-entropy, backward and optimizer for a stretch of
-minibatches at once: layers up to half density as survivors alone, the others as dense matrices. Losses and weights are
-those of the module path up to rounding; the same network, data and seed give the same bits on every run and for any number
-of threads.
+A step of a small network costs more in Python and autograd than in arithmetic, and a sparse layer is fastest in a layout of its
+own. `sl.Trainer` therefore hands Sequentials of linear layers, convolutions, pooling, BatchNorm and ReLU to C++
+(csrc/network.h), which runs forward, cross-entropy, backward and optimizer for a stretch of minibatches at once. Losses and
+weights are those of the module path up to rounding; the same network, data and seed give the same bits on every run and for
+any number of threads.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _ext, masks
-from ..nn.compiled_mlp import has_global_hooks, layers_of, make_network
-from ..nn.linear import MaskedLinear
+from ..nn import network
+from ..nn.compiled_mlp import DENSEST, has_global_hooks
+from ..nn.dead_units import DROPOUTS
+from ..nn.invariant import MaskedWeight
 from ..ops import dispatch
 from ..ops.masked_optim import increment_version
 
@@ -25,6 +27,10 @@ from ..ops.masked_optim import increment_version
 LONGEST, WORK = 500, 8 * 10**9
 # Where there are no vectors of eight, a library's dense product is far ahead: only what is mostly gone is worth it.
 _DENSEST_PORTABLE = 0.2
+
+# A library's dense product is ahead where a convolution has so many channels on both sides (conv-6, batch 60: 0.95 of the module
+# path's speed, conv-4 1.18), and where a linear layer of so many weights is read once for each 64 of a larger batch.
+_WIDE, _LARGE, _LARGE_BATCH = 128, 1 << 20, 64
 
 _OPTIMIZERS = {
     "sgd": {"momentum", "dampening", "weight_decay", "nesterov"},
@@ -34,11 +40,13 @@ _OPTIMIZERS = {
 _WITHOUT_EFFECT = {"foreach", "fused"}
 
 
-def why_not(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]], optimizer, options: dict, loss) -> str | None:
+def why_not(
+    model: nn.Module, data: dict[str, tuple[Tensor, Tensor]], optimizer, options: dict, loss, batch: int
+) -> str | None:
     """Why this training cannot run in C++, None if it can.
 
     Args:
-        data: name -> (x [N, *], y [N]), on the model's device. optimizer, options, loss: as `sl.Trainer` has them.
+        data: name -> (x [N, *], y [N]), on the model's device. optimizer, options, loss, batch: as `sl.Trainer` has them.
     """
     if _ext.WHY_NOT is not None:
         return f"the extension is missing: {_ext.WHY_NOT}"
@@ -55,14 +63,20 @@ def why_not(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]], optimizer,
         return "autocast"
     if has_global_hooks():
         return "a hook on all modules"
-    layers = layers_of(model)
-    if isinstance(layers, str):
-        return layers
+    for module in model.modules():
+        if isinstance(module, DROPOUTS) and module.p > 0:
+            return f"a {type(module).__name__}: it drops while training"
+    run = network.whole(model)
+    if isinstance(run, str):
+        return run
+    if run.gives != "features":
+        return "its outputs are images"
+    layers = [module for module, _ in run.layers if next(module.parameters(), None) is not None]
     seen = set()
-    for linear, _ in layers:
-        if not isinstance(linear, MaskedLinear) and masks.words_of(linear.weight) is not None:
+    for layer in layers:
+        if not isinstance(layer, MaskedWeight) and masks.words_of(layer.weight) is not None:
             return "a weight that a layer elsewhere masks"
-        for p in linear._parameters.values():
+        for p in layer._parameters.values():
             if p is None:
                 continue
             if not p.requires_grad:
@@ -72,18 +86,59 @@ def why_not(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]], optimizer,
             if p.data_ptr() in seen:  # as one object, or two in one memory
                 return "layers share a parameter"
             seen.add(p.data_ptr())
-    if _ext.extension().cpu_isa() == "portable" and any(
-        (linear.density if isinstance(linear, MaskedLinear) else 1.0) > _DENSEST_PORTABLE for linear, _ in layers
-    ):
-        return "dense layers, and no vector instructions for them"
-    features, classes = layers[0][0].in_features, layers[-1][0].out_features
-    flattens = any(isinstance(m, nn.Flatten) for m in model.modules())
+    shapes = []
     for name, (x, y) in data.items():
-        if x.dtype is not torch.float32 or x[0].numel() != features or (x.ndim != 2 and not flattens):
-            return f"{name} is not made of float32 vectors of {features} features"
-        if int(y.min()) < 0 or int(y.max()) >= classes:
+        if x.dtype is not torch.float32:
+            return f"{name} is not float32"
+        try:
+            shapes = network.check_shapes(run, _input_shape(run, x))
+        except ValueError as error:
+            return f"{name} does not fit the model: {error}"
+        if int(y.min()) < 0 or int(y.max()) >= shapes[-1][0]:
             return f"{name} has labels that are no class"
+    for (_, fields), (_, height, width) in zip(run.layers, shapes, strict=True):
+        if fields["kind"] == "batch_norm" and batch * height * width == 1:
+            return "BatchNorm with one value a channel"  # an error, which the module has words for
+    return _why_slower(run, shapes, batch)
+
+
+def _input_shape(run, x) -> tuple[int, int, int]:
+    if run.takes == "image" and x.ndim == 4:
+        return tuple(x.shape[1:])
+    if run.takes == "any" or (run.takes == "features" and x.ndim == 2):
+        return (x[0].numel(), 1, 1)
+    raise ValueError(f"expected {'images' if run.takes == 'image' else 'vectors'}, got {list(x.shape)}")
+
+
+def _why_slower(run, shapes, batch) -> str | None:
+    """Why the modules would be faster. A rule and no stopwatch: a training takes the same way whenever it is run."""
+    layers = [
+        (module, fields["kind"], module.density if isinstance(module, MaskedWeight) else 1.0, height * width)
+        for (module, fields), (_, height, width) in zip(run.layers, shapes, strict=True)
+        if "outputs" in fields
+    ]
+    if _ext.extension().cpu_isa() == "portable" and max(d for _, _, d, _ in layers) > _DENSEST_PORTABLE:
+        return "dense layers, and no vector instructions for them"
+    kept = library = 0.0
+    for module, kind, density, pixels in layers:
+        shape = module.weight.shape
+        sparse = density <= (network.CONV_DENSEST if kind == "conv2d" else DENSEST)
+        work = module.weight.numel() * pixels * (density if sparse else 1.0)
+        kept += work
+        if kind == "conv2d":
+            library += work * (not sparse and min(shape[:2]) >= _WIDE)
+        else:
+            library += work * (not sparse and batch > _LARGE_BATCH and module.weight.numel() > _LARGE)
+    if library > kept / 2:
+        return "mostly large dense layers, which a library runs faster"
     return None
+
+
+def _work(run, shapes) -> int:
+    """Multiply-adds of one example's way forward through the layers without their masks."""
+    return max(
+        1, sum(m.weight.numel() * s[1] * s[2] for (m, f), s in zip(run.layers, shapes, strict=True) if "outputs" in f)
+    )
 
 
 class WholeStep:
@@ -96,11 +151,12 @@ class WholeStep:
     """
 
     longest = 1  # steps in one call of `run`: more once a minibatch was seen
+    steps = stored = 0  # taken, and written to the model
     masks_weights = True
 
     def __init__(self, model: nn.Sequential, optimizer: torch.optim.Optimizer, data: dict[str, tuple[Tensor, Tensor]]):
         optimizer.zero_grad(set_to_none=True)  # as after a step: gradients from before are gone
-        self.layers = layers_of(model)
+        self.compiled = network.whole(model)
         self.total = 0.0
         group = optimizer.param_groups[0]
         self.rate = float(group["lr"])
@@ -109,18 +165,21 @@ class WholeStep:
         }
         adam = "betas" in group
         beta1, beta2 = group["betas"] if adam else (0.0, 0.0)
-        self.network = make_network(
-            self.layers,
-            adam=adam,
-            momentum=float(group.get("momentum", 0)),
-            dampening=float(group.get("dampening", 0)),
-            nesterov=bool(group.get("nesterov", False)),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group.get("eps", 0)),
-            decoupled=bool(group.get("decoupled_weight_decay", False)),
-            weight_decay=float(group["weight_decay"]),
-        )
+        options = {
+            "adam": adam,
+            "momentum": group.get("momentum", 0),
+            "dampening": group.get("dampening", 0),
+            "nesterov": group.get("nesterov", False),
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group.get("eps", 0),
+            "decoupled": group.get("decoupled_weight_decay", False),
+            "weight_decay": group["weight_decay"],
+        }
+        shape = _input_shape(self.compiled, next(iter(data.values()))[0])
+        numbers = {name: float(value) for name, value in options.items()}
+        self.network = network.make(self.compiled, shape, numbers, linear_densest=DENSEST)
+        self.work = _work(self.compiled, network.check_shapes(self.compiled, shape))
 
     def run(self, order: Tensor, factors: Sequence[float]) -> None:
         """Train on one minibatch for each of `factors` on the learning rate.
@@ -132,8 +191,8 @@ class WholeStep:
         batch = len(order) // len(factors)
         rates = [self.rate * factor for factor in factors]
         self.total += self.network.train(x.data_ptr(), x.stride(0), y.data_ptr(), order.data_ptr(), batch, rates)
-        weights = sum(linear.in_features * linear.out_features for linear, _ in self.layers)
-        self.longest = max(1, min(LONGEST, WORK // (batch * weights)))
+        self.steps += len(factors)
+        self.longest = max(1, min(LONGEST, WORK // (batch * self.work)))
 
     def take_loss(self) -> float:
         """The sum of the minibatches' mean losses since the last call."""
@@ -147,8 +206,13 @@ class WholeStep:
         return loss / len(y), right / len(y)
 
     def store(self) -> None:
-        """Write the weights and biases into the model."""
-        for i, (linear, _) in enumerate(self.layers):
-            bias = linear.bias
-            self.network.store(i, linear.weight.data_ptr(), 0 if bias is None else bias.data_ptr())
-            increment_version([linear.weight] if bias is None else [linear.weight, bias])
+        """Write parameters and BatchNorm's statistics into the model."""
+        for i, (module, fields) in enumerate(self.compiled.layers):
+            self.network.store(i, network.addresses(module))
+            changed = [p for p in module._parameters.values() if p is not None]
+            if fields["kind"] == "batch_norm":
+                changed += [module.running_mean, module.running_var]
+                if module.num_batches_tracked is not None:
+                    module.num_batches_tracked.add_(self.steps - self.stored)
+            increment_version(changed)
+        self.stored = self.steps

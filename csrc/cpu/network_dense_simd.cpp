@@ -1,6 +1,6 @@
-// The dense loops of a whole training step, compiled once per instruction set: matrices small enough for the caches,
-// times tiles of up to four vectors of batch, so that a tile's accumulators stay in registers.
-#include "whole_step_simd.h"
+// The dense loops of a linear layer in a network, compiled once per instruction set: matrices small enough for the
+// caches, times tiles of up to four vectors of batch, so that a tile's accumulators stay in registers.
+#include "network_dense_simd.h"
 
 #include "simd.h"
 
@@ -97,27 +97,6 @@ void weight(const DenseArgs& a) {
 }
 
 template <int T>
-void pack(const PackArgs& a) {
-  for (int g = 0; g < T; g++) {
-    const float* row[kWidth];
-    for (int i = 0; i < kWidth; i++) {
-      const int64_t at = g * kWidth + i;
-      row[i] = at >= a.count ? nullptr : a.x + (a.order != nullptr ? a.order[at] : a.first + at) * a.x_stride;
-    }
-    for (int64_t k = 0; k < a.features; k += kWidth) {
-      const int n = (int)smaller(kWidth, a.features - k);
-      V r[kWidth];
-#pragma GCC unroll 16
-      for (int i = 0; i < kWidth; i++) {
-        r[i] = row[i] == nullptr ? zero() : n == kWidth ? load(row[i] + k) : load(row[i] + k, n);
-      }
-      transpose(r);
-      for (int i = 0; i < n; i++) store(a.out + ((k + i) * T + g) * kWidth, r[i]);
-    }
-  }
-}
-
-template <int T>
 void sums(const float* grad, int64_t rows, float* db, bool add_to) {
   for (int64_t i = 0; i < rows; i += kWidth) {
     const int n = (int)smaller(kWidth, rows - i);
@@ -136,8 +115,6 @@ void sums(const float* grad, int64_t rows, float* db, bool add_to) {
 
 }  // namespace
 
-int64_t mlp_width() { return kWidth; }
-
 #define SL_BY_TILE(function, tile, ...) \
   switch (tile) {                       \
     case 1:                             \
@@ -150,19 +127,18 @@ int64_t mlp_width() { return kWidth; }
       return function<4>(__VA_ARGS__);  \
   }
 
-void mlp_pack(const PackArgs& a) { SL_BY_TILE(pack, a.tile, a) }
-void mlp_dense_forward(const DenseArgs& a) { SL_BY_TILE(forward, a.tile, a) }
-void mlp_dense_input(const DenseArgs& a) { SL_BY_TILE(input, a.tile, a) }
-void mlp_dense_weight(const DenseArgs& a) { SL_BY_TILE(weight, a.tile, a) }
-void mlp_sums(const float* grad, int64_t rows, int64_t tile, float* db, bool add) {
+void net_dense_forward(const DenseArgs& a) { SL_BY_TILE(forward, a.tile, a) }
+void net_dense_input(const DenseArgs& a) { SL_BY_TILE(input, a.tile, a) }
+void net_dense_weight(const DenseArgs& a) { SL_BY_TILE(weight, a.tile, a) }
+void net_tile_sums(const float* grad, int64_t rows, int64_t tile, float* db, bool add) {
   SL_BY_TILE(sums, tile, grad, rows, db, add)
 }
 
-void mlp_relu(float* values, int64_t count) {
+void net_tile_relu(float* values, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) store(values + i, relu(load(values + i)));
 }
 
-void mlp_relu_gradient(const float* y, float* grad, int64_t count) {
+void net_tile_relu_gradient(const float* y, float* grad, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) store(grad + i, relu_gradient(load(y + i), load(grad + i)));
 }
 
