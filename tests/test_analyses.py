@@ -125,6 +125,17 @@ def test_a_record_that_is_not_repeated_is_told(copy):
     assert found["as_recorded"] is False and any("1 of the networks trained again differ" in line for line in told)
 
 
+def test_a_run_that_keeps_no_ticket_of_level_0_begins_with_its_seeds(copy):
+    before = analyses.analyze(copy, ["weight-motion"])
+    for seed in (0, 1):
+        Store(copy).ticket(seed, 0).unlink()
+    networks = Networks(copy)
+    assert networks.levels == [0, 1, 2] and networks.ticket(0, 0).density == 1
+    shutil.rmtree(copy / "analysis")
+    after = analyses.analyze(copy, ["weight-motion"])
+    assert after["as_recorded"] is True and after["level"] == before["level"]
+
+
 def test_two_workers_train_the_same_networks(copy):
     networks, wanted = Networks(copy), [Network(0, 0), Network(1, 0)]
     before = [networks.path(n).read_bytes() for n in wanted]

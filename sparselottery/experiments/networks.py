@@ -20,7 +20,7 @@ from ..masks import Mask
 from ..nn.convert import sparsify
 from ..ops import dispatch
 from ..tickets.controls import derived_seed
-from ..tickets.driver import seeded
+from ..tickets.driver import digest, seeded
 from ..tickets.pool import run_all
 from ..tickets.store import Job, Store, to_json
 from ..tickets.ticket import Ticket, TicketError, write_atomic
@@ -84,7 +84,10 @@ class Networks:
             for path in (self.run / "tickets").glob("seed*-level*.safetensors")
         )
         self.seeds = sorted({seed for seed, _ in kept})
-        self.levels = sorted({level for _, level in kept if all((seed, level) in kept for seed in self.seeds)})
+        levels = {level for _, level in kept if all((seed, level) in kept for seed in self.seeds)}
+        self.levels = sorted(
+            levels | ({0} if self.rewind == "init" else set())
+        )  # what a network begins with needs no file
         if not self.seeds or 0 not in self.levels or len(self.levels) < 2:
             raise ValueError(
                 f"{self.run / 'tickets'}: expected tickets by level, as finished runs of imp and one-shot keep them, found none"
@@ -110,7 +113,18 @@ class Networks:
         Raises:
             TicketError: its file is damaged.
         """
+        if self._has_no_file(seed, level):
+            return Ticket.of(self.initial(seed), self.initial(seed))
         return Ticket.load(self.store.ticket(seed, level))
+
+    def _has_no_file(self, seed: int, level: int) -> bool:
+        return level == 0 and not self.store.ticket(seed, level).exists()
+
+    def _bytes(self, seed: int, level: int) -> bytes:
+        """What tells this ticket from others."""
+        if self._has_no_file(seed, level):
+            return digest(self.ticket(seed, level)).encode()
+        return self.store.ticket(seed, level).read_bytes()
 
     def masks(self, seed: int, level: int) -> dict[str, Mask]:
         return self.ticket(seed, level).masks
@@ -120,7 +134,7 @@ class Networks:
         found = hashlib.sha256(repr(self.hparams).encode())
         for seed in self.seeds:
             for one in (0, level):
-                found.update(self.store.ticket(seed, one).read_bytes())
+                found.update(self._bytes(seed, one))
         return found.hexdigest()[:16]
 
     def initial(self, seed: int) -> nn.Module:
@@ -187,7 +201,7 @@ class Networks:
 
     def _start_digest(self, network: Network) -> str:
         found = hashlib.sha256(repr((self.hparams, self.rewind)).encode())
-        found.update(self.store.ticket(network.seed, network.level).read_bytes())
+        found.update(self._bytes(network.seed, network.level))
         return found.hexdigest()
 
     def _outcome(self, network: Network) -> dict | None:
