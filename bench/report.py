@@ -17,7 +17,7 @@ from pathlib import Path
 MARKERS = {part: (f"<!-- {part}:begin -->", f"<!-- {part}:end -->") for part in ("bench", "gpu")}
 NO_GPU = """\
 GPU: not yet measured. The kernels compile for sm_80 and sm_90 without spills and are executed in the tests (Triton's interpreter,
-CUDA C++ on host threads); `bench/gpu.sh` is the one command that measures them; `bench/report.py --readme` puts its table here."""
+CUDA C++ on host threads); `bench/gpu.sh` is the command that measures them, `bench/report.py --readme` puts the table here."""
 DENSE = {
     "linear": ("dense",),
     "conv": ("dense", "dense channels_last"),

@@ -68,6 +68,8 @@ def product(
     first_b = b + (rn * b_n)[None, :]
     alive_a = (rm < a_rows)[:, None]
     alive_b = (rn < b_rows)[None, :]
+    a_plane = a_plane.to(tl.int64)  # twice a plane may be more than 32 bits hold where a plane is not
+    b_plane = b_plane.to(tl.int64)
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         rk = (start + tl.arange(0, BK)).to(tl.int64)
