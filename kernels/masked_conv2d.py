@@ -25,6 +25,7 @@ _GATHER, _WEIGHT = {"num_warps": 8, "num_stages": 5}, {"num_warps": 8, "num_stag
 # Of what the tensor cores can do, the part that a tile of (BN, UNIT) is thought to reach; smaller ones load more for each
 # product. Not yet measured.
 _TILES = {(128, 64): 1.0, (64, 64): 0.85, (64, 32): 0.75, (64, 16): 0.65}
+_MOST_PIXELS = 2**29  # of a program's range: with those of an image before it, they are numbered in 32 bits
 _PROGRAMS_WANTED = 512  # enough for every GPU; a constant, so that sums round alike on all of them
 
 
@@ -402,6 +403,7 @@ def backward_weight(grad, x, words, weight_shape, stride, padding, dilation, gro
         return torch.zeros(weight_shape, dtype=x.dtype, device=x.device)
     # Few live tiles: several programs share one, each with its own range of pixels, and their sums are added in order.
     splits = max(1, min(_PROGRAMS_WANTED // tiles.shape[0], triton.cdiv(pixels, 8 * BM), 64))
+    splits = max(splits, triton.cdiv(pixels, _MOST_PIXELS))
     steps = triton.cdiv(triton.cdiv(pixels, splits), BM)
     splits = triton.cdiv(pixels, steps * BM)
     dtype = x.dtype if splits == 1 else torch.float32
