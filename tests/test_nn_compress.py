@@ -115,12 +115,33 @@ def test_an_elimination_that_changes_the_function_is_not_taken(monkeypatch):
     torch.testing.assert_close(sl.compress(model, x)(x), model(x))
 
 
+def test_convolutional_networks_run_resident(monkeypatch):
+    prefer(monkeypatch, "resident")
+    layers = (
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    )
+    model, x = pruned(*layers), torch.randn(4, 2, 8, 8)
+    small = sl.compress(model, x)
+    assert isinstance(small, sl.Resident) and not any(small.where().values())
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+    rows = sl.explain(small).rows
+    assert {row.backend for row in rows} == {"cpu (resident)"}
+    assert all(row.note.startswith("in C++ with the whole network; compress, in µs: resident 1e+05") for row in rows)
+    small = sl.compress(nn.Sequential(model, nn.Softmax(1)), x)
+    assert small.where() == dict.fromkeys([f"0.{i}" for i in range(6)]) | {"1": "Softmax is not known to it"}
+
+
 def test_nothing_dead_nothing_done():
     model = pruned(nn.Linear(8, 8), nn.Linear(8, 8), density=0.9)
     assert dead_units.remove_dead_units_(model, (torch.randn(2, 8),)) == {}
 
 
-FORMS = ["smaller", "mixed", "compiled"]
+FORMS = ["smaller", "mixed", "compiled", "resident"]
 
 
 def compressed(monkeypatch, form):
