@@ -372,14 +372,18 @@ PYBIND11_MODULE(_C, m) {
              py::gil_scoped_release release;
              return network.record(as<const float>(x), x_stride, count, training, as<float>(y));
            })
-      .def("backward",
-           [](Network& network, const NetworkTape& tape, uintptr_t grad, uintptr_t dx,
-              const std::vector<NetworkAddresses>& targets) {
-             std::vector<sl::cpu::NetworkTarget> all;
-             for (const NetworkAddresses& target : targets) all.push_back(network_target(target));
-             py::gil_scoped_release release;
-             network.backward(tape, as<const float>(grad), as<float>(dx), all);
-           })
+      .def(
+          "backward",
+          [](Network& network, const NetworkTape& tape, uintptr_t grad, uintptr_t dx,
+             const std::vector<NetworkAddresses>& targets, const std::vector<int64_t>& clean) {
+            std::vector<sl::cpu::NetworkTarget> all;
+            for (const NetworkAddresses& target : targets) all.push_back(network_target(target));
+            for (const int64_t layer : clean) all.at(layer).clean = true;
+            py::gil_scoped_release release;
+            network.backward(tape, as<const float>(grad), as<float>(dx), all);
+          },
+          py::arg("tape"), py::arg("grad"), py::arg("dx"), py::arg("targets"),
+          py::arg("clean") = std::vector<int64_t>{})
       .def("train",
            [](Network& network, uintptr_t x, int64_t x_stride, uintptr_t y, uintptr_t order, int64_t batch,
               const std::vector<double>& rates) {

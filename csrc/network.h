@@ -41,6 +41,7 @@ struct NetworkOptimizer {
 struct NetworkTarget {
   float *weight = nullptr, *bias = nullptr;
   float *mean = nullptr, *variance = nullptr;
+  bool clean = false;  // gradients: the weight's place is 0 off the mask already
 };
 
 // What a forward pass leaves for its backward pass. Its memory goes back to the network, which it may outlive.
@@ -87,7 +88,8 @@ class Network {
   std::unique_ptr<NetworkTape> record(const float* x, int64_t x_stride, int64_t count, bool training, float* y);
 
   // From grad [count, output shape], contiguous: dx [count, input shape] (may be null), and each layer's gradients
-  // (targets: one for each layer). Gradients of weights are written in full, 0 wherever the mask is. The parameters
+  // (targets: one for each layer). Gradients of weights are written in full, 0 wherever the mask is (unless
+  // `clean` promises that). The parameters
   // must be those of the forward pass.
   void backward(const NetworkTape& tape, const float* grad, float* dx, const std::vector<NetworkTarget>& targets);
 

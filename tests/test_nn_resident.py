@@ -385,6 +385,32 @@ def test_several_forwards_before_a_backward():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "spoil", [lambda g: g.add_(1), lambda g: g.data.add_(1), lambda g: g.numpy().fill(1), lambda g: g]
+)
+def test_memory_of_gradients_is_lent_again_with_zeros_off_the_mask(spoil):
+    ours = sl.resident(randomize(nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 8)), density=0.1))
+    x, dead = torch.randn(20, 512), ~ours[0].mask.to_dense()
+    for _ in range(3):
+        addresses = []
+        for _ in range(2):
+            ours.zero_grad()
+            ours(x).square().sum().backward()
+            addresses.append(ours[0].weight.grad.data_ptr())
+        assert addresses[0] == addresses[1]
+        gradient = ours[0].weight.grad
+        assert not gradient[dead].any()
+        (expected,) = torch.autograd.grad(nn.Sequential.forward(ours, x).square().sum(), ours[0].weight)
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+        kept = gradient.clone(), gradient
+        ours.zero_grad()
+        ours(x).sum().backward()
+        assert torch.equal(*kept), "memory that somebody still uses is not written to"
+        spoil(gradient)
+        ours.zero_grad()
+        del gradient, kept
+
+
 def test_frozen_parameters_and_inputs_get_no_gradient():
     ours, model = sl.resident(mlp()), mlp()
     for m in (ours, model):

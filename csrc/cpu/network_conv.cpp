@@ -248,7 +248,7 @@ class Conv : public Layer {
   }
 
   void gradients(const NetworkTarget& to) const override {
-    if (to.weight != nullptr && sparse_) std::memset(to.weight, 0, out.channels * line_ * sizeof(float));
+    if (to.weight != nullptr && sparse_ && !to.clean) std::memset(to.weight, 0, out.channels * line_ * sizeof(float));
     const float* grad = weight_parameter_.grad.get();
     write(to, grad, grad, bias_parameter_.grad.get());
     if (to.weight == nullptr || words_.empty()) return;

@@ -179,7 +179,7 @@ class Linear : public Layer {
   void store(const NetworkTarget& to) const override { write(to, backward_.value.get(), dense_.get(), bias_.get()); }
 
   void gradients(const NetworkTarget& to) const override {
-    if (to.weight != nullptr && sparse_) std::memset(to.weight, 0, rows_ * columns_ * sizeof(float));
+    if (to.weight != nullptr && sparse_ && !to.clean) std::memset(to.weight, 0, rows_ * columns_ * sizeof(float));
     const float* grad = weight_parameter_.grad.get();
     write(to, grad, grad, bias_parameter_.grad.get());
     if (to.weight != nullptr && !words_.empty()) clear_dead(to.weight, words_, rows_, columns_);

@@ -240,13 +240,18 @@ class _Apply(torch.autograd.Function):
             return dx, None, None, *gradients
         grad = grad.contiguous()
         dx = grad.new_empty(x.shape) if wanted[0] else None
-        lenders = zip(ctx.memory, parameters, wanted[1:], strict=True)
-        gradients = [memory.lend(p.shape, ctx.network)[0] if asked else None for memory, p, asked in lenders]
-        targets = [[0, 0, 0, 0] for _ in ctx.run.run.layers]
-        for (layer, which), gradient in zip(ctx.places, gradients, strict=True):
-            if gradient is not None:
+        targets, gradients, clean = [[0, 0, 0, 0] for _ in ctx.run.run.layers], [], []
+        for i, ((layer, which), p, asked) in enumerate(zip(ctx.places, parameters, wanted[1:], strict=True)):
+            gradient, same = ctx.memory[i].lend(p.shape) if asked else (None, False)
+            if asked:
                 targets[layer][which] = gradient.data_ptr()
-        ctx.network.backward(ctx.tape, grad.data_ptr(), 0 if dx is None else dx.data_ptr(), targets)
+            if same:
+                clean.append(layer)
+            gradients.append(gradient)
+        ctx.network.backward(ctx.tape, grad.data_ptr(), 0 if dx is None else dx.data_ptr(), targets, clean)
+        for memory, gradient in zip(ctx.memory, gradients, strict=True):
+            if gradient is not None:
+                memory.written(gradient)
         if not _keeps_graph():
             ctx.tape = None  # its memory serves the next forward pass, whoever still holds this output
         return dx, None, None, *gradients
