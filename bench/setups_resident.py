@@ -1,6 +1,7 @@
 """The cases of op "resident": networks whose layers run in C++ in one layout, and what `compress` makes of them."""
 
 import itertools
+import math
 
 import torch
 from torch import nn
@@ -26,11 +27,18 @@ def network(sizes) -> tuple[nn.Sequential, tuple[int, ...]]:
     return nn.Sequential(*modules[:-1]), (sizes[0],)
 
 
+def _digits(shape, generator):
+    return torch.randint(-2, 3, shape, generator=generator) / 2
+
+
 def resident(case, seed) -> Work:
     """Forward, or forward and all gradients, in the resident layout, against the same network dense and prune-style.
 
     "auto" converts the layout at the edges of the network, which is in its time; "layers" does at every layer. "compress" is
     what a user gets for inference. The last of several linear layers keeps ten times the density (at most all).
+
+    Inputs, weights and biases are few binary digits, so that forward sums are exact: with rounding, a value near zero would
+    pass one ReLU and not the other, and no tolerance would tell that from a fault.
     """
     import sparselottery as sl
 
@@ -45,10 +53,10 @@ def resident(case, seed) -> Work:
         masks.append(random_mask(layer.weight.shape, density, generator))
         fan = layer.weight[0].numel()
         with torch.no_grad():
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * (2 / (fan * density)) ** 0.5)
-            layer.bias.copy_(torch.randn(layer.bias.shape, generator=generator))
-            layer.weight *= masks[-1]
-    x = torch.randn(case.batch, *shape, generator=generator).requires_grad_(training)
+            scale = 2.0 ** round(math.log2((2 / (fan * density)) ** 0.5))
+            layer.weight.copy_(_digits(layer.weight.shape, generator) * scale * masks[-1])
+            layer.bias.copy_(_digits(layer.bias.shape, generator))
+    x = _digits((case.batch, *shape), generator).requires_grad_(training)
     with torch.no_grad():
         grad = torch.randn(model(x).shape, generator=generator)
 
