@@ -286,6 +286,16 @@ def test_parameters_that_are_smaller_than_the_layer_says_go_through_the_modules(
     trainer.fit(narrow, seed=0)
 
 
+def test_large_dense_layers_are_left_to_a_library():
+    def reason(density, batch):
+        x = torch.zeros(300, 784), torch.zeros(300, dtype=torch.int64)
+        return sl.Trainer(x, batch_size=batch).why_not_whole_step(network(density, (784, 1024, 10)))
+
+    assert "large dense layers" in reason(1.0, 300)
+    assert reason(1.0, 60) is None
+    assert reason(0.2, 300) is None
+
+
 def test_a_forced_backend_is_honoured(monkeypatch):
     monkeypatch.setenv("SPARSELOTTERY_BACKEND", "dense")
     assert "SPARSELOTTERY_BACKEND=dense" in sl.Trainer(data()).why_not_whole_step(network())

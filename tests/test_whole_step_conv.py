@@ -20,9 +20,10 @@ def isa(request):
 
 
 @pytest.fixture(autouse=True)
-def always(monkeypatch):
+def always(monkeypatch, request):
     """Whether it would be faster or not."""
-    monkeypatch.setattr(whole_step, "_why_slower", lambda *_: None)
+    if "rule" not in request.node.name:
+        monkeypatch.setattr(whole_step, "_why_slower", lambda *_: None)
 
 
 def convolutions(norm=False):
@@ -133,6 +134,18 @@ def test_why_not():
     assert "padding_mode" in reason([nn.Conv2d(3, 5, 3, padding_mode="circular"), nn.Flatten(), nn.Linear(240, 5)])
     upside = [nn.Conv2d(3, 5, 3), nn.Upsample(scale_factor=2), nn.Flatten(), nn.Linear(240, 5)]
     assert "Upsample is not known" in reason(upside)
+
+
+def test_the_rule_leaves_wide_dense_convolutions_to_a_library():
+    def reason(channels, density):
+        modules = [nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)]
+        x, y = data(shape=SHAPE)
+        model = network([*modules, nn.AvgPool2d((8, 10)), nn.Flatten(), nn.Linear(channels, 5)], density)
+        return sl.Trainer((x.view(-1, *SHAPE), y)).why_not_whole_step(model)
+
+    assert "large dense layers" in reason(128, 1.0)
+    assert reason(128, 0.2) is None
+    assert reason(64, 1.0) is None
 
 
 def test_shared_convolutions_are_left_to_the_modules():
