@@ -94,7 +94,8 @@ def _unit_rows(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _cpu(x, weight, words, bias, relu=False):
+def _cpu(x, weight, words, bias, relu=False, anew=False):
+    """`anew`: as after an optimizer's step, when the survivors' values have to be gathered again."""
     weight = weight.contiguous()
     shape = tuple(weight.shape)
     dtype = x.dtype
@@ -104,6 +105,8 @@ def _cpu(x, weight, words, bias, relu=False):
     y = rows.new_empty(rows.shape[0], shape[0])
     bias = bias.contiguous() if bias is not None else None
     plan, values = plan_of(words, weight, shape)
+    if anew:
+        values = (*values[:3], False)
     plan.forward(
         *values,
         rows.data_ptr(),
@@ -258,7 +261,7 @@ def _rule(key):
 
 def _keys(x, weight, words, wanted):
     """dispatch's keys for the passes of one use of a masked weight: forward, and backward if it will be asked for x or weight."""
-    keys = [_key("forward", x, weight, words, True)]
+    keys = [_key("forward", x, weight, words, True, wanted is not None and wanted[1])]
     if wanted is not None and (wanted[0] or wanted[1]):  # grad has the batch, dtype and device of x
         keys.append(_key("backward", x, weight, words, True, *wanted))
     return keys
@@ -300,8 +303,8 @@ def prepared(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, name
 # ---- the ops ----
 
 
-def _forward(x, weight, words, bias, premasked, relu=False):
-    key = _key("forward", x, weight, words, premasked)
+def _forward(x, weight, words, bias, premasked, relu=False, trains=False):
+    key = _key("forward", x, weight, words, premasked, trains)
     name = dispatch.lookup(OP, key)
     if name == "cpu":
         return _cpu(x, weight, words, bias, relu)
@@ -312,7 +315,7 @@ def _forward(x, weight, words, bias, premasked, relu=False):
             x,
             key and dispatch.bucket_density(key[3]),
             lambda: _dense(x, weight, words, bias, premasked),
-            lambda: _cpu(x, weight, words, bias),
+            lambda: _cpu(x, weight, words, bias, anew=trains),
             lambda: _triton().forward(_rows(x), weight, words, bias).view(*x.shape[:-1], weight.shape[0]),
             lambda: reference.masked_linear(x, weight, words, bias),
             lambda: fp32_linear.forward(x, _masked(weight, words, premasked), bias),
@@ -372,8 +375,10 @@ class _MaskedLinear(torch.autograd.Function):
             ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, words, None)
             return _cpu(x, weight, words, bias) if names[0] == "cpu" else _dense(x, weight, words, bias, True)
         ctx.arguments = premasked, relu, None
-        op = _forward if is_plain(x, weight) else torch.ops.sparselottery.masked_linear  # the dispatcher costs 7 us
-        y = op(x, weight, words, bias, premasked, relu)
+        if is_plain(x, weight):  # the dispatcher costs 7 us
+            y = _forward(x, weight, words, bias, premasked, relu, ctx.needs_input_grad[1])
+        else:
+            y = torch.ops.sparselottery.masked_linear(x, weight, words, bias, premasked, relu)
         # As F.linear does, keep x only where dW will be asked for.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, words, y if relu else None)
         return y
