@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import _ext, analysis
+from .. import analysis
 from ..analysis.mutual_information import verdict
 from ..masks import Mask
 from ..nn.convert import sparsify
@@ -34,6 +34,7 @@ from ..pruning.wiring import wiring
 from ..report import command_of
 from ..tickets import driver
 from ..tickets.controls import derived_seed
+from ..tickets.execute import execute
 from ..tickets.mutual_information import mutual_information
 from ..tickets.pool import check_guarded, run_all
 from ..tickets.result import figures, interval
@@ -132,26 +133,27 @@ def run_mutual_information(
     workers = driver.cores() if workers is None else workers
     if workers > 1:
         check_guarded()
-    progress = progress or (lambda event: None)
-    store = Store(plan.folder)
-    jobs = plan.jobs()
-    with store.lock(lambda: progress({"event": "waiting", "run": str(store.folder)})):
-        store.claim({"driver": TITLE, "hparams": asdict(hparams), "fit": fit.config()}, _ext.env_report())
-        done = {job for job in jobs if _is_done(plan, store, job)}
-        store.write_metrics(jobs)
-        progress({"event": "start", "run": str(store.folder), "done": len(done), "total": len(jobs)})
-        todo = sorted(
-            (job for job in jobs if job not in done), key=lambda job: (job.level, job.kind not in NEEDS_DENSE)
-        )
-        for job in run_all(todo, plan.needs, done, run_job, (plan,), workers, 1):
-            store.append_metrics(job)
-            progress({"event": "job", "done": len(done), "total": len(jobs), **driver.event(store, job)})
-        store.write_metrics(jobs)
+    config = {"driver": TITLE, "hparams": asdict(hparams), "fit": fit.config()}
+
+    def run(store, todo, done):
+        todo = sorted(todo, key=lambda job: (job.level, job.kind not in NEEDS_DENSE))
+        return run_all(todo, plan.needs, done, run_job, (plan,), workers, 1)
+
+    def summarize(store):
         found = {"driver": TITLE, **_summary(plan, store)}
-        store.write_result(found)
-        command = command_of(store.read("config.json"))
-        analysis.save(store.folder, TITLE, found, command)
-    return {"run": str(plan.folder), **found}
+        analysis.save(store.folder, TITLE, found, command_of(store.read("config.json")))
+        return found
+
+    folder, found, _ = execute(
+        plan.jobs(),
+        plan.folder,
+        config,
+        progress,
+        is_done=lambda store, job: _is_done(plan, store, job),
+        run=run,
+        summarize=summarize,
+    )
+    return {"run": str(folder), **found}
 
 
 def _check(hparams: MutualInformation, fit: Fit) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import _ext
 from ..nn.convert import masked_modules, sparsify
 from ..ops import dispatch
 from ..training.history import History, check_seed, parse_step
 from . import actions, controls, masking
 from .batches import batches, fit_many_of, how_many
+from .execute import execute
 from .pool import check_guarded, run_all, torch_threads
 from .result import Result, summary
 from .seeding import seeded
@@ -138,23 +137,18 @@ def run(
     plan = replace(plan, replicas=many)
     if workers > 1:
         check_guarded()
-    progress = progress or (lambda event: None)
-    temporary = tempfile.TemporaryDirectory(prefix="sparselottery-") if out is None else None
-    store = Store(temporary.name if temporary else out)
     jobs = plan.jobs()
-    with store.lock(lambda: progress({"event": "waiting", "run": str(store.folder)})):
-        store.claim({**plan.config(), **(config or {})}, _ext.env_report())
-        _check_initial(plan, store)
-        done = {job for job in jobs if _is_done(plan, store, job)}
-        store.write_metrics(jobs)
-        progress({"event": "start", "run": str(store.folder), "done": len(done), "total": len(jobs)})
-        for job in _done(plan, store, [j for j in jobs if j not in done], done, workers):
-            store.append_metrics(job)
-            progress({"event": "job", "done": len(done), "total": len(jobs), **event(store, job)})
-        store.write_metrics(jobs)
-        found = {**before(store), **summary(store, jobs)}
-        store.write_result(found)
-    return Result(store.folder, found, temporary)
+    ran = execute(
+        jobs,
+        out,
+        {**plan.config(), **(config or {})},
+        progress,
+        is_done=lambda store, job: _is_done(plan, store, job),
+        run=lambda store, todo, done: _done(plan, store, todo, done, workers),
+        summarize=lambda store: summary(store, jobs),
+        claimed=lambda store: _check_initial(plan, store),
+    )
+    return Result(*ran)
 
 
 def _is_done(plan: Plan, store: Store, job: Job) -> bool:
@@ -168,14 +162,6 @@ def _is_done(plan: Plan, store: Store, job: Job) -> bool:
 
 def _is_whole(path: Path, digest: str | None) -> bool:
     return path.is_file() and sha256(path) == digest
-
-
-def before(store: Store) -> dict:
-    """What result.json says already: what was added to it later stays. A damaged one is made anew from the jobs."""
-    try:
-        return store.read("result.json") or {}
-    except ValueError:
-        return {}
 
 
 def _done(plan: Plan, store: Store, todo: list[Job], done: set[Job], workers: int) -> Iterator[Job]:
@@ -304,18 +290,6 @@ def digest(ticket: Ticket) -> str:
         found.update(f"{name}{tuple(value.shape)}".encode())
         found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-def event(store: Store, job: Job) -> dict:
-    """What a driver tells of a finished job."""
-    outcome = store.job(job)
-    history = History.from_json(outcome["history"])
-    names = ("seed", "level", "kind", "repeat", "density", "seconds")
-    return {
-        **{name: outcome[name] for name in names},
-        "early_stop_iteration": history.early_stop_iteration,
-        "test_accuracy": history.test_accuracy,
-    }
 
 
 def _described(step: Mapping) -> dict:

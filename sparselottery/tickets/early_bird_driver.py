@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import _ext
 from ..masks import Mask
 from ..nn.convert import as_tuple, masked_modules
 from ..ops import dispatch
@@ -19,6 +17,7 @@ from ..training.energy import Meter
 from ..training.history import History
 from . import channels, controls, driver
 from .early_bird import EarlyBird
+from .execute import execute
 from .pool import check_guarded, run_all
 from .result import Result, interval, summary
 from .store import Job, Store, sha256
@@ -156,23 +155,17 @@ def early_bird(
     _check(plan)
     if workers > 1:
         check_guarded()
-    progress = progress or (lambda event: None)
-    temporary = tempfile.TemporaryDirectory(prefix="sparselottery-") if out is None else None
-    store = Store(temporary.name if temporary else out)
     jobs = plan.jobs()
-    with store.lock(lambda: progress({"event": "waiting", "run": str(store.folder)})):
-        store.claim({**plan.config(), **(config or {})}, _ext.env_report())
-        done = {job for job in jobs if _is_done(store, job)}
-        store.write_metrics(jobs)
-        progress({"event": "start", "run": str(store.folder), "done": len(done), "total": len(jobs)})
-        todo = [job for job in jobs if job not in done]  # seed by seed: what is compared runs in the same minutes
-        for job in run_all(todo, plan.needs, done, run_job, (plan, store.folder), workers, threads):
-            store.append_metrics(job)
-            progress({"event": "job", "done": len(done), "total": len(jobs), **driver.event(store, job)})
-        store.write_metrics(jobs)
-        found = {**driver.before(store), **_summary(plan, store, jobs)}
-        store.write_result(found)
-    return Result(store.folder, found, temporary)
+    ran = execute(  # seed by seed: what is compared runs in the same minutes
+        jobs,
+        out,
+        {**plan.config(), **(config or {})},
+        progress,
+        is_done=_is_done,
+        run=lambda store, todo, done: run_all(todo, plan.needs, done, run_job, (plan, store.folder), workers, threads),
+        summarize=lambda store: _summary(plan, store, jobs),
+    )
+    return Result(*ran)
 
 
 def _check(plan: Plan) -> None:

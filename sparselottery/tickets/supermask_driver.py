@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import _ext
 from ..nn.convert import as_tuple, masked_modules, sparsify
 from ..ops import dispatch
 from ..pruning import criteria, prune
 from ..training.history import History
 from . import controls, driver, masking
 from . import supermask as learning
+from .execute import execute
 from .pool import check_guarded, run_all
 from .result import Result, interval, summary
 from .seeding import seeded
@@ -132,23 +131,22 @@ def supermask(
             asked.check(model)
     if workers > 1:
         check_guarded()
-    progress = progress or (lambda event: None)
-    temporary = tempfile.TemporaryDirectory(prefix="sparselottery-") if out is None else None
-    store = Store(temporary.name if temporary else out)
     jobs = plan.jobs()
-    with store.lock(lambda: progress({"event": "waiting", "run": str(store.folder)})):
-        store.claim({**plan.config(), **(config or {})}, _ext.env_report())
-        done = {job for job in jobs if _is_done(store, job)}
-        store.write_metrics(jobs)
-        progress({"event": "start", "run": str(store.folder), "done": len(done), "total": len(jobs)})
-        todo = sorted((job for job in jobs if job not in done), key=lambda job: (-job.level, job.seed))
-        for job in run_all(todo, lambda job: None, done, run_job, (plan, store.folder), workers, threads):
-            store.append_metrics(job)
-            progress({"event": "job", "done": len(done), "total": len(jobs), **driver.event(store, job)})
-        store.write_metrics(jobs)
-        found = {**driver.before(store), **_summary(plan, store, jobs)}
-        store.write_result(found)
-    return Result(store.folder, found, temporary)
+
+    def run(store, todo, done):
+        todo = sorted(todo, key=lambda job: (-job.level, job.seed))
+        return run_all(todo, lambda job: None, done, run_job, (plan, store.folder), workers, threads)
+
+    ran = execute(
+        jobs,
+        out,
+        {**plan.config(), **(config or {})},
+        progress,
+        is_done=_is_done,
+        run=run,
+        summarize=lambda store: _summary(plan, store, jobs),
+    )
+    return Result(*ran)
 
 
 def _is_done(store: Store, job: Job) -> bool:
