@@ -403,8 +403,12 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("load", [](Network& network, int64_t layer,
                       const NetworkAddresses& from) { network.load(layer, network_target(from)); })
-      .def("store", [](const Network& network, int64_t layer, const NetworkAddresses& to) {
-        network.store(layer, network_target(to));
+      .def("store", [](const Network& network, int64_t layer,
+                       const NetworkAddresses& to) { network.store(layer, network_target(to)); })
+      .def("changed", [](const Network& network, const std::vector<NetworkAddresses>& now) {
+        std::vector<sl::cpu::NetworkTarget> all;
+        for (const NetworkAddresses& one : now) all.push_back(network_target(one));
+        return network.changed(all);
       });
 
   // packed

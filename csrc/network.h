@@ -98,6 +98,10 @@ class Network {
   void load(int64_t layer, const NetworkTarget& from);
   void store(int64_t layer, const NetworkTarget& to) const;
 
+  // The layers whose bias, or values of batch normalization, are not to the bit what stands at the places named (now:
+  // one for each layer). Weights are not looked at.
+  std::vector<int64_t> changed(const std::vector<NetworkTarget>& now) const;
+
  private:
   struct Impl;
   std::shared_ptr<Impl> impl_;

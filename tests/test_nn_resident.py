@@ -31,7 +31,7 @@ def calls(monkeypatch):
             self.network = real.CpuNetwork(*args, **kwargs)
 
         def __getattr__(self, name):
-            if name != "output_shape":
+            if name not in ("output_shape", "changed"):
                 made.append(name)
             return getattr(self.network, name)
 
@@ -322,6 +322,48 @@ def test_what_changes_is_noticed(change):
     assert (y.requires_grad and not torch.equal(after, before)) or all(
         p.requires_grad is False for p in ours[0].parameters()
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m[0], "dilation", (2, 2)) or setattr(m[0], "padding", (2, 2)),
+        lambda m: setattr(m[1], "eps", 0.5),
+        lambda m: setattr(m[1], "momentum", 0.9),
+        lambda m: setattr(m[1], "track_running_stats", False),
+        lambda m: setattr(m[3], "padding", 1) or setattr(m[3], "kernel_size", 3) or setattr(m[3], "stride", 2),
+        lambda m: setattr(m[6], "divisor_override", 3),
+        lambda m: m[1].bias.data.add_(1),
+        lambda m: m[1].running_mean.data.add_(1),
+        lambda m: m[1].running_var.data.mul_(2),
+        lambda m: m[4].bias.data.add_(1),
+        lambda m: m.to(memory_format=torch.channels_last),
+    ],
+)
+def test_settings_and_vectors_that_change_are_noticed(change):
+    ours = sl.resident(convnet()).train()
+    for training in (True, False):
+        x = torch.randn(6, 3, 16, 16)
+        ours.train(training)
+        ours(x)
+        change(ours)
+        layers = nn.Sequential(*copy.deepcopy(list(ours)))
+        expected = layers(x)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            torch.testing.assert_close(getattr(ours[1], name), getattr(layers[1], name))
+
+
+@pytest.mark.parametrize("density", [1, 0.7, 0.2])
+def test_weights_in_any_layout(density):
+    """channels_last is what image models are often kept in, a transposed linear weight is a view of another one."""
+    for training in (True, False):
+        model = convnet(density=density).to(memory_format=torch.channels_last)
+        model[8].weight.data = model[8].weight.data.t().contiguous().t()
+        assert not model[4].weight.is_contiguous()
+        assert not model[8].weight.is_contiguous()
+        assert set(sl.resident(model).where().values()) == {None}
+        compare(model, torch.randn(9, 3, 16, 16).to(memory_format=torch.channels_last), training)
 
 
 def test_modes_of_batchnorm():

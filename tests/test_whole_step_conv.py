@@ -153,3 +153,13 @@ def test_shared_convolutions_are_left_to_the_modules():
     x, y = data(shape=SHAPE)
     model = nn.Sequential(conv, nn.ReLU(), conv, nn.Flatten(), nn.Linear(240, 5))
     assert "share a parameter" in sl.Trainer((x.view(-1, *SHAPE), y)).why_not_whole_step(model)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_weights_in_channels_last_stay_so(density):
+    model = network(strided(), density).to(memory_format=torch.channels_last)
+    modules, ours = both_ways(model, SHAPE, optimizer="sgd", lr=0.01)
+    assert_alike(modules, ours)
+    for a, b in zip(ours[0].parameters(), model.parameters(), strict=True):
+        assert a.stride() == b.stride()
+    assert not ours[0][0].weight.is_contiguous()

@@ -441,4 +441,16 @@ void Network::store(int64_t layer, const NetworkTarget& to) const {
   if (const Layer* found = impl_->find(layer)) found->store(to);
 }
 
+std::vector<int64_t> Network::changed(const std::vector<NetworkTarget>& now) const {
+  std::lock_guard<std::mutex> guard(impl_->lock);
+  if (static_cast<int64_t>(now.size()) != impl_->caller_layers) {
+    throw std::invalid_argument("now: expected one for each layer");
+  }
+  std::vector<int64_t> found;
+  for (const auto& layer : impl_->layers) {
+    if (layer->index >= 0 && !layer->holds(now[layer->index])) found.push_back(layer->index);
+  }
+  return found;
+}
+
 }  // namespace sl::cpu

@@ -243,6 +243,10 @@ class Conv : public Layer {
     if (from.bias != nullptr && has_bias_) std::memcpy(bias_.get(), from.bias, out.channels * sizeof(float));
   }
 
+  bool holds(const NetworkTarget& now) const override {
+    return now.bias == nullptr || !has_bias_ || std::memcmp(now.bias, bias_.get(), out.channels * sizeof(float)) == 0;
+  }
+
   void store(const NetworkTarget& to) const override {
     write(to, backward_.order.value.get(), dense_.get(), bias_.get());
   }

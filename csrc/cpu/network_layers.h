@@ -124,6 +124,8 @@ class Layer {
 
   virtual void load(const NetworkTarget& from) { (void)from; }
   virtual void store(const NetworkTarget& to) const { (void)to; }
+  // Whether these are its values to the bit, weights of products left out.
+  virtual bool holds(const NetworkTarget& now) const { return (void)now, true; }
   virtual void gradients(const NetworkTarget& to) const { (void)to; }
 };
 
@@ -152,6 +154,7 @@ class NormLayer : public Layer {
   void scale_and_shift(std::vector<float>& scale, std::vector<float>& shift) const;
   void load(const NetworkTarget& from) override;
   void store(const NetworkTarget& to) const override;
+  bool holds(const NetworkTarget& now) const override;
   void gradients(const NetworkTarget& to) const override;
 
  private:

@@ -176,6 +176,10 @@ class Linear : public Layer {
     if (from.bias != nullptr && has_bias_) std::memcpy(bias_.get(), from.bias, rows_ * sizeof(float));
   }
 
+  bool holds(const NetworkTarget& now) const override {
+    return now.bias == nullptr || !has_bias_ || std::memcmp(now.bias, bias_.get(), rows_ * sizeof(float)) == 0;
+  }
+
   void store(const NetworkTarget& to) const override { write(to, backward_.value.get(), dense_.get(), bias_.get()); }
 
   void gradients(const NetworkTarget& to) const override {

@@ -1,5 +1,7 @@
 // Batch normalization in a Network: y = (x - mean) / sqrt(variance + eps) * weight + bias (Ioffe & Szegedy, arXiv
 // 1502.03167), with the statistics of a batch or the running ones.
+#include <cstring>
+
 #include "network_layers.h"
 
 namespace sl::cpu {
@@ -151,7 +153,16 @@ void copy_from(const float* from, std::vector<float>& to) {
   if (from != nullptr) std::copy_n(from, to.size(), to.begin());
 }
 
+bool equal(const float* now, const std::vector<float>& held) {
+  return now == nullptr || std::memcmp(now, held.data(), held.size() * sizeof(float)) == 0;
+}
+
 }  // namespace
+
+bool NormLayer::holds(const NetworkTarget& now) const {
+  return equal(now.weight, weight_) && equal(now.bias, bias_) && equal(now.mean, running_mean_) &&
+         equal(now.variance, running_variance_);
+}
 
 void NormLayer::load(const NetworkTarget& from) {
   copy_from(has_weight_ ? from.weight : nullptr, weight_);

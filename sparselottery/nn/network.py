@@ -7,6 +7,7 @@ parameters in C++ and brings them up to date.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import Counter
 from collections.abc import Iterator
 
@@ -16,10 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _ext
 from ..ops import bitmask
-from ..ops.masked_linear_index import Memory
 from ..ops.masked_optim import increment_version
 from .conv import MaskedConv2d
 from .dead_units import DROPOUTS, has_hook
+from .gradient_memory import GradientMemory
 from .invariant import MaskedWeight
 from .linear import MaskedLinear
 
@@ -108,8 +109,26 @@ def _pool(module):
     return Known({"kind": "max_pool2d"} | fields, "image", "image")
 
 
+# What `describe` reads of a module besides its tensors, its mode and its hooks; the rest does not change after it was made.
+_WINDOW = operator.attrgetter("kernel_size", "stride", "padding")
+_SETTINGS = {
+    nn.Flatten: operator.attrgetter("start_dim", "end_dim"),
+    nn.MaxPool2d: lambda m: (_WINDOW(m), m.dilation, m.ceil_mode, m.return_indices),
+    nn.AvgPool2d: lambda m: (_WINDOW(m), m.ceil_mode, m.count_include_pad, m.divisor_override),
+    **dict.fromkeys(DROPOUTS, operator.attrgetter("p")),
+    **dict.fromkeys(CONV, operator.attrgetter("stride", "padding", "dilation", "groups", "padding_mode")),
+    **dict.fromkeys(NORMS, operator.attrgetter("momentum", "eps", "track_running_stats")),
+}
+
+
+def settings(module: nn.Module) -> object:
+    """What of a module somebody may have set since, so that `describe` would say something else."""
+    read = _SETTINGS.get(type(module))
+    return None if read is None else read(module)
+
+
 def _norm(module):
-    if module.running_mean is None:
+    if module.running_mean is None or not module.track_running_stats:
         return "it has no running statistics"
     if module.momentum is None:
         return "its momentum is a cumulative average"
@@ -153,8 +172,10 @@ def _unusable_tensor(t: Tensor, shape) -> str | None:
         return f"its parameters are on {t.device.type}, not the CPU"
     if tuple(t.shape) != tuple(shape) or t.numel() == 0:
         return "a parameter that is empty or not of the shape that the layer names"
-    if not t.is_contiguous() or t.is_neg() or t.is_inference():
-        return "a parameter that is not contiguous, a negative view or made in inference mode"
+    if 0 in t.stride() or (t.ndim == 1 and not t.is_contiguous()):  # a weight may be in channels_last
+        return "a parameter that is expanded, or a strided vector"
+    if t.is_neg() or t.is_inference():
+        return "a parameter that is a negative view or made in inference mode"
     return None
 
 
@@ -288,9 +309,6 @@ class Compiled:
             for k, name in enumerate(("weight", "bias"))
             if module._parameters.get(name) is not None
         ]
-        self.memory = [
-            Memory() for _ in self.places
-        ]  # for gradients: fresh pages cost as much as a sparse backward pass
         self._make()
 
     def _make(self):
@@ -300,6 +318,9 @@ class Compiled:
         self.output = shape if self.run.gives == "image" else shape[:1]
         self.memory = [GradientMemory(self.run.layers[i][0], weight=k == 0) for i, k in self.places]
         self.seen = [_Seen(module) for module, _ in self.run.layers]
+        # Where the vectors are: these are compared in full, a write through `.data` moves no version. The run goes when they do.
+        held = [values(module) for module, _ in self.run.layers]
+        self.vectors = [addresses([t if t is not None and t.ndim == 1 else None for t in one]) for one in held]
         self.steps = _steps
 
     def refresh(self) -> None:
@@ -310,14 +331,20 @@ class Compiled:
                 self._make()
                 return
             if seen.values_changed(stepped):
-                self.network.load(i, addresses(seen.module))
-                seen.look()
+                self._load(i)
+        for i in self.network.changed(self.vectors):
+            self._load(i)
+
+    def _load(self, i) -> None:
+        held = values(self.run.layers[i][0])
+        self.network.load(i, addresses(held))
+        self.seen[i].look()
 
     def take_statistics(self) -> None:
         """Write BatchNorm's running statistics, which a forward pass in training mode has moved on in C++, to the modules."""
         for i in self.norms:
             module = self.run.layers[i][0]
-            self.network.store(i, (0, 0, *addresses(module)[2:]))
+            self.network.store(i, (0, 0, *self.vectors[i][2:]))
             increment_version([module.running_mean, module.running_var])
             if module.num_batches_tracked is not None:
                 module.num_batches_tracked.add_(1)
@@ -340,7 +367,8 @@ def make(
     """
     layers, keep = [], []
     for module, fields in run.layers:
-        weight, bias, mean, variance = addresses(module)
+        keep.append(values(module))
+        weight, bias, mean, variance = addresses(keep[-1])
         layer = fields | {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
         premasked = isinstance(module, MaskedWeight) and module._premasked()
         if isinstance(module, MaskedWeight) and not (premasked and module._nothing_pruned()):
@@ -383,29 +411,6 @@ def check_shapes(run: Run, shape: tuple[int, int, int]) -> list[tuple[int, int, 
     return shapes
 
 
-class GradientMemory:
-    """Memory for the gradient of a parameter, lent out again (`ops.masked_linear_index.Memory`).
-
-    Fresh pages, and the zeros off the mask of a large weight, cost as much as a sparse backward pass. That the zeros are still
-    there is told by the gradient's version, and by 64 of them: a write through `.data` moves no version.
-    """
-
-    def __init__(self, module, weight):
-        self.memory, self.zeros = Memory(), None
-        if weight and isinstance(module, MaskedWeight) and module.weight.numel() >= Memory.SMALLEST:
-            dead = (~bitmask.unpack(module.weight_mask, module.weight.shape)).view(-1).nonzero()[:, 0]
-            self.zeros = dead[:: max(1, len(dead) // 64)] if len(dead) else None
-
-    def lend(self, shape) -> tuple[Tensor, bool]:
-        """A tensor to be written, and whether it is 0 off the mask."""
-        gradient, same = self.memory.lend(shape, self)
-        return gradient, same and self.zeros is not None and not gradient.view(-1)[self.zeros].any()
-
-    def written(self, gradient: Tensor) -> None:
-        if self.zeros is not None:
-            self.memory.written(gradient, self)
-
-
 class _Seen:
     """What the tensors of a layer held when C++ read them."""
 
@@ -420,7 +425,7 @@ class _Seen:
         self.words = buffers.get("weight_mask")
         self.mask = None if self.words is None else self.words._version
         # One survivor: a write to the whole tensor behind autograd's back (`.data`) changes it.
-        self.probe = None if found[0] is None else found[0].data.view(-1)[_survivor(module)]
+        self.probe = None if found[0] is None else found[0].data[_survivor(module)]
         self.look()
 
     def look(self) -> None:
@@ -439,25 +444,38 @@ class _Seen:
         return self.probe is not None and self.probe.tolist() != self.value
 
 
-def _survivor(module) -> int:
+def _survivor(module) -> tuple[int, ...]:
     """The place of a weight that survives, of the first word of the mask that has one."""
-    words = module._buffers.get("weight_mask")
-    if words is None:
-        return 0
-    rows = words.any(1).nonzero()
+    words, shape = module._buffers.get("weight_mask"), module.weight.shape
+    rows = () if words is None else words.any(1).nonzero()
     if not len(rows):
-        return 0
+        return (0,) * len(shape)
     row = int(rows[0])
     word = int(words[row].nonzero()[0])
     bits = int(words[row, word]) & 0xFFFFFFFF
-    return row * (module.weight.numel() // len(words)) + 32 * word + (bits & -bits).bit_length() - 1
+    column = 32 * word + (bits & -bits).bit_length() - 1
+    return row, *(int(i) for i in torch.unravel_index(torch.tensor(column), shape[1:]))
 
 
-def addresses(module: nn.Module) -> tuple[int, int, int, int]:
-    """Of weight, bias, running mean and running variance; 0 for none."""
+def values(module: nn.Module) -> list[Tensor | None]:
+    """Weight, bias, running mean and running variance, contiguous: copies where they are not."""
     parameters, buffers = module._parameters, module._buffers
     found = parameters.get("weight"), parameters.get("bias"), buffers.get("running_mean"), buffers.get("running_var")
-    return tuple(0 if t is None else t.data_ptr() for t in found)
+    return [None if t is None else t.detach().contiguous() for t in found]
+
+
+def addresses(values: list[Tensor | None]) -> list[int]:
+    """Of tensors that the caller keeps; 0 for none."""
+    return [0 if t is None else t.data_ptr() for t in values]
+
+
+def store(network, i: int, module: nn.Module) -> None:
+    """Write the values of layer i of a `CpuNetwork` to the tensors of its module, past their versions."""
+    held = values(module)
+    network.store(i, addresses(held))
+    weight = module._parameters.get("weight")
+    if weight is not None and not weight.is_contiguous():
+        weight.data.copy_(held[0])
 
 
 # ---- optimizers ----

@@ -51,7 +51,8 @@ class Resident(nn.Sequential):
     `torch.func`'s transforms and forward-mode AD, and everything while there are global module hooks.
 
     Before each call the copies of the parameters in C++ are brought up to date: by the parameters' versions, after any step of
-    an optimizer, and by one survivor of each weight. A write through `.data` that leaves that one alone goes unnoticed.
+    an optimizer; biases and BatchNorm's values in full; and by one survivor of each weight: a write to a weight through `.data`
+    that leaves that one alone goes unnoticed.
 
     Twice differentiable: with `create_graph=True` the backward pass goes through the layers.
     """
@@ -128,6 +129,7 @@ class _Parts:
         inside = [m for m in model.modules() if m is model or type(m) is nn.Sequential]
         self.children = [(m._modules, [*m._modules.values()]) for m in inside]
         self.modes = [(m, m.training, _is_hooked(m)) for m in (*inside[1:], *self.modules)]
+        self.settings = [(m, network.settings(m)) for m in self.modules]
         self.tensors = [
             (holder, name, t, _look(t))
             for module in self.modules
@@ -139,6 +141,7 @@ class _Parts:
         return (
             all([*modules.values()] == before for modules, before in self.children)
             and all(m.training is mode and _is_hooked(m) == hooked for m, mode, hooked in self.modes)
+            and all(network.settings(m) == before for m, before in self.settings)
             and all(holder.get(name) is t and _look(t) == seen for holder, name, t, seen in self.tensors)
         )
 

@@ -209,7 +209,7 @@ class WholeStep:
     def store(self) -> None:
         """Write parameters and BatchNorm's statistics into the model."""
         for i, (module, fields) in enumerate(self.compiled.layers):
-            self.network.store(i, network.addresses(module))
+            network.store(self.network, i, module)
             changed = [p for p in module._parameters.values() if p is not None]
             if fields["kind"] == "batch_norm":
                 changed += [module.running_mean, module.running_var]
