@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 
 from .commands import COMMANDS
 from .commands.common import note
@@ -49,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments) -> int:
     name = f"{PROGRAM} {arguments.command}"
     try:
-        status, result = arguments.run(arguments)
+        with warnings.catch_warnings():  # people of a command line want the sentence, not the line of code
+            warnings.showwarning = lambda message, *where, **more: note(f"{name}: warning: {message}")
+            status, result = arguments.run(arguments)
         if arguments.json:
             print(json.dumps(result, allow_nan=False), flush=True)
         return status

@@ -250,3 +250,16 @@ def test_a_model_without_batchnorm_is_refused_and_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="model: expected BatchNorm layers with a scale γ"):
         sl.early_bird(no_norm, trainer(), seeds=1, window=3, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_trainings_that_learn_nothing_are_told():
+    with pytest.warns(
+        UserWarning, match="no better than chance: dense of seed 0, 1; search of seed 0, 1; retrain of seed 0, 1"
+    ):
+        found = search(trainer(lr=1e-9)).to_json()
+    assert found["collapsed"] == {"dense": [0, 1], "search": [0, 1], "retrain": [0, 1]}
+
+
+def test_trainings_that_learn_are_not_warned_of(finished):
+    assert finished.to_json()["collapsed"] == {"dense": [], "search": [], "retrain": []}
+    assert early_bird_driver.warnings_of(finished.to_json()) == []

@@ -261,7 +261,11 @@ def _barriers(numbers) -> Figure:
             for s, d, f in zip(statistics, (2, 4), (100, 1), strict=True)
         ]
         rows.append(["mean", heading[name], "", "", "", *cells])
-    places = {"init": "their initial values", "lr": "where they start (the ticket from trained weights)"}
+    places = {
+        "init": "their initial values",
+        "drawn": "the weights with which the ticket was drawn",
+        "lr": "where they start (the ticket from trained weights)",
+    }
     where = places.get(numbers["rewind"], f"the weights of step {numbers['rewind']}")
     caption = (
         f"Test error along the line between two networks trained from {where} on two orders of the data (linear mode "

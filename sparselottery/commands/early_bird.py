@@ -40,8 +40,6 @@ def run(arguments):
     say(arguments, "\nmean ± half width of the 95 % confidence interval over seeds\n")
     say(arguments, report.verdict(shown))
     say(arguments, analysis.sentence(shown))
-    if shown["guarded"]:
-        note(f"density {chosen.density:g} would have emptied {', '.join(shown['guarded'])}; each kept its best")
     if shown["cost"]["energy"]["source"] is None:
         note(f"no energy was measured: {shown['cost']['energy']['why_not']}")
     say(arguments, f"ticket: {shown['ticket']}")

@@ -19,6 +19,7 @@ from ..analysis import class_damage, landscape, stability, weight_motion
 from ..ops import dispatch
 from ..tickets.controls import derived_seed
 from .networks import Network, Networks
+from .run_kinds import networks_of
 
 EVALUATION_BATCH = 1000
 
@@ -40,8 +41,8 @@ class Settings:
     directions: int = 0
 
 
-class OneSeed(ValueError):
-    """A population is asked for, and the run has one seed."""
+class Inapplicable(ValueError):
+    """A question that a run has no answer to: a population of one seed, children of what is not trained."""
 
 
 def analyze(
@@ -57,8 +58,9 @@ def analyze(
     """Compute analyses of a finished run and keep their numbers in `RUN/analysis/`; what is there already is not computed again.
 
     Args:
-        run: a run folder of imp, one-shot, or of a driver that keeps hyperparameters and tickets as they do.
-        names: of `RUNNERS`; none asks for all that this run has enough seeds for.
+        run: a run folder of imp, one-shot, early-bird, mutual-information or supermask, or of a driver that keeps
+            hyperparameters and tickets as imp does.
+        names: of `RUNNERS`; none asks for all that this run has an answer to.
         data_root: see `data.load`. workers: trainings at the same time. again: compute what is there already, too.
         tell: called with lines for people, among them what is going to be done and how long it will take.
 
@@ -75,17 +77,17 @@ def analyze(
         if name not in RUNNERS:
             raise ValueError(f"analysis: expected any of {', '.join(RUNNERS)}, got {name!r}")
     settings = Settings() if settings is None else settings
-    networks = Networks(run, data_root)
+    networks = networks_of(run, data_root)
     level = networks.level(settings.level)
     if settings.seed is not None and settings.seed not in networks.seeds:
         raise ValueError(f"seed: expected one of {networks.seeds}, got {settings.seed}")
-    found = {"run": str(run), "level": level, "density": _density(networks, level), "analyses": {}, "skipped": {}}
+    found = {"run": str(run), "level": level, "density": networks.density(level), "analyses": {}, "skipped": {}}
     used: list[Network] = []
     for name in names or RUNNERS:
         runner = RUNNERS[name](networks, level, settings)
         try:
             wanted = runner.networks()
-        except OneSeed as error:
+        except Inapplicable as error:
             if names:
                 raise
             found["skipped"][name] = str(error)
@@ -134,13 +136,8 @@ def _train(networks: Networks, wanted: list[Network], workers: int, name: str, t
     networks.train(missing, workers, lambda done, total: tell(f"{name}: [{done}/{total}] trained"))
 
 
-def _density(networks: Networks, level: int) -> float:
-    tickets = [networks.ticket(seed, level) for seed in networks.seeds]
-    return sum(t.density for t in tickets) / len(tickets)
-
-
 def _about(networks: Networks, level: int) -> dict:
-    return {"level": level, "density": _density(networks, level), "seeds": networks.seeds, "rewind": networks.rewind}
+    return {"level": level, "density": networks.density(level), "seeds": networks.seeds, "rewind": networks.rewind}
 
 
 def _command(run, name, settings: Settings, data_root) -> str:
@@ -159,7 +156,7 @@ class _Runner:
         self.run, self.level, self.asked = networks, level, settings
 
     def networks(self) -> list[Network]:
-        """Those to train. Raises OneSeed where the run has too few."""
+        """Those to train. Raises Inapplicable where the run has not what it takes."""
         raise NotImplementedError
 
     def settings(self) -> dict:
@@ -184,7 +181,9 @@ class _WeightMotion(_Runner):
 class _ClassDamage(_Runner):
     def networks(self):
         if len(self.run.seeds) < 2:
-            raise OneSeed(f"seeds: class damage compares populations and needs at least 2 seeds, {self.run.run} has 1")
+            raise Inapplicable(
+                f"seeds: class damage compares populations and needs at least 2 seeds, {self.run.run} has 1"
+            )
         return [Network(seed, level) for seed in self.run.seeds for level in (0, self.level)]
 
     def numbers(self, about, tell):
@@ -242,6 +241,8 @@ class _Landscape(_Runner):
 
 class _Stability(_Runner):
     def networks(self):
+        if not self.run.trained:
+            raise Inapplicable(f"stability: expected tickets that are trained, those of {self.run.run} are masks alone")
         return [Network(seed, level, child) for seed in self.run.seeds for level in (0, self.level) for child in (1, 2)]
 
     def numbers(self, about, tell):

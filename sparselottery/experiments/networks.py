@@ -24,7 +24,7 @@ from ..tickets.driver import digest, seeded
 from ..tickets.pool import run_all
 from ..tickets.store import Job, Store, to_json
 from ..tickets.ticket import Ticket, TicketError, write_atomic
-from ..training.history import parse_step
+from ..training.history import History, parse_step
 from .hparams import Training
 from .runs import Fit
 
@@ -43,17 +43,21 @@ class Network:
 
 
 class Networks:
-    """Reads a run folder of `imp`, `one-shot`, or any driver that keeps hyperparameters and tickets as they do.
+    """Reads a run folder of `imp`, `one-shot`, or any driver that keeps hyperparameters and tickets as they do; for those that
+    keep them in another way, `networks_of` (run_kinds.py) takes another class.
 
     Args:
         run: the folder. data_root: see `data.load`.
 
     Attributes:
         hparams: what decides the trainings. seeds, levels: of the tickets there. rewind: "init", "lr" or a step.
+        trained: whether tickets are trained, so that they can have children.
 
     Raises:
         FileNotFoundError: there is no such folder. ValueError: it is no finished run that can be trained again.
     """
+
+    trained = True
 
     def __init__(self, run: str | os.PathLike, data_root: str | os.PathLike | None = None):
         self.run = Path(run)
@@ -73,16 +77,13 @@ class Networks:
             names = {f.name for f in fields(Training)}
             known = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names}
             self.hparams = Training(**known)
-            self.rewind = config.get("rewind", "init")
+            self.config, self.rewind = config, config.get("rewind", "init")
             if self.rewind not in ("init", "lr"):
                 parse_step(self.rewind, steps_per_epoch=1, name="rewind")
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.run / 'config.json'}: damaged ({error})") from None
         self.fit = Fit(self.hparams, data_root)
-        kept = sorted(
-            tuple(int(part) for part in path.stem.removeprefix("seed").split("-level"))
-            for path in (self.run / "tickets").glob("seed*-level*.safetensors")
-        )
+        kept = self._tickets()
         self.seeds = sorted({seed for seed, _ in kept})
         levels = {level for _, level in kept if all((seed, level) in kept for seed in self.seeds)}
         self.levels = sorted(
@@ -92,6 +93,17 @@ class Networks:
             raise ValueError(
                 f"{self.run / 'tickets'}: expected tickets by level, as finished runs of imp and one-shot keep them, found none"
             )
+
+    def _tickets(self) -> set[tuple[int, int]]:
+        """(seed, level) of every ticket; level 0 stands for the dense network."""
+        return {
+            tuple(int(part) for part in path.stem.removeprefix("seed").split("-level"))
+            for path in (self.run / "tickets").glob("seed*-level*.safetensors")
+        }
+
+    def place(self, seed: int, level: int) -> Path:
+        """The file that says what a network starts from."""
+        return self.store.ticket(seed, level)
 
     def level(self, asked: int | None = None) -> int:
         """A level with tickets: `asked`, or the one the run has found, or the sparsest where it found none.
@@ -115,19 +127,25 @@ class Networks:
         """
         if self._has_no_file(seed, level):
             return Ticket.of(self.initial(seed), self.initial(seed))
-        return Ticket.load(self.store.ticket(seed, level))
+        return Ticket.load(self.place(seed, level))
 
     def _has_no_file(self, seed: int, level: int) -> bool:
-        return level == 0 and not self.store.ticket(seed, level).exists()
+        return level == 0 and not self.place(seed, level).exists()
 
     def _bytes(self, seed: int, level: int) -> bytes:
         """What tells this ticket from others."""
         if self._has_no_file(seed, level):
             return digest(self.ticket(seed, level)).encode()
-        return self.store.ticket(seed, level).read_bytes()
+        return self.place(seed, level).read_bytes()
 
     def masks(self, seed: int, level: int) -> dict[str, Mask]:
+        """layer -> which weights of the dense network the ticket keeps."""
         return self.ticket(seed, level).masks
+
+    def density(self, level: int) -> float:
+        """The fraction of the weights that the tickets of a level keep, mean over the seeds."""
+        masks = [mask for seed in self.seeds for mask in self.masks(seed, level).values()]
+        return sum(mask.count for mask in masks) / sum(mask.numel for mask in masks)
 
     def digest(self, level: int) -> str:
         """Of the tickets an analysis of this level depends on: another run, or other tickets, have another one."""
@@ -208,25 +226,37 @@ class Networks:
         return self.store.job(Job(network.seed, network.level))
 
     def _train(self, network: Network) -> None:
-        start = {} if self.rewind in ("init", "lr") else {"start_at": self.rewind}
-        seed = network.seed
-        model = self.initial(seed)
-        if network.level or network.child is not None:
-            self.ticket(seed, network.level).apply(model)
-        else:
-            start = {}  # the dense network itself begins at the beginning
-        if network.child is not None:
-            seed = derived_seed("stability", seed, network.child)
         with dispatch.reproducible(), seeded(network.seed):
-            history = self.fit(model, seed=seed, **start)
+            model, history = self._trained(network)
         about = {"start": self._start_digest(network)}
         if network.child is None:
-            outcome = self._outcome(network)
-            about["as_recorded"] = outcome is not None and outcome["history"] == history.to_json()
+            about["as_recorded"] = self._repeats(network, history)
         Ticket.of(model, model).save(self.path(network))
         write_atomic(self.path(network).with_suffix(".json"), to_json(about))
+
+    def _trained(self, network: Network) -> tuple[nn.Module, History]:
+        """The network, with masked layers, after its training."""
+        start = {} if self.rewind in ("init", "lr") else {"start_at": self.rewind}
+        model = self.initial(network.seed)
+        if network.level or network.child is not None:
+            self.ticket(network.seed, network.level).apply(model)
+        else:
+            start = {}  # the dense network itself begins at the beginning
+        return model, self.fit(model, seed=order_of(network), **start)
+
+    def _repeats(self, network: Network, history: History) -> bool:
+        """Whether that is what the run recorded of this network."""
+        outcome = self._outcome(network)
+        return outcome is not None and outcome["history"] == history.to_json()
+
+
+def order_of(network: Network) -> int:
+    """The seed of the order of the data: a child's is its own."""
+    return network.seed if network.child is None else derived_seed("stability", network.seed, network.child)
 
 
 def _train(run: Path, data_root, network: Network) -> None:
     """One training in a worker process."""
-    Networks(run, data_root)._train(network)
+    from .run_kinds import networks_of
+
+    networks_of(run, data_root)._train(network)

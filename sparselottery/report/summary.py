@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping
 
 from .. import analysis
+from ..tickets.early_bird_driver import warnings_of
 from .levels import pair, speed_sentence, verdict
 
 DEEPEST = 4  # levels of nesting that the table of results looks into
@@ -37,6 +38,8 @@ def lead(result: Mapping, found: Mapping[str, Mapping]) -> list[str]:
         sentences.append(
             "No ticket was drawn." if drawn is None else f"The ticket was drawn after epoch {drawn:g} of {epochs}."
         )
+    if "collapsed" in result and "guarded" in result:
+        sentences += [f"Note: {warning}." for warning in warnings_of(result)]
     speed = speed_sentence(result.get("speed"))
     return [*dict.fromkeys(sentences), *([speed] if speed else [])]
 

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..nn.convert import as_tuple, masked_modules
 from ..ops import dispatch
 from ..training.energy import Meter
 from ..training.history import History
-from . import channels, controls, driver
+from . import channels, controls, driver, masking
 from .early_bird import EarlyBird
 from .execute import execute
 from .pool import check_guarded, run_all
@@ -126,7 +127,8 @@ def early_bird(
         A Result with level 0 (dense) and 1 (the ticket), whose result.json and `to_json` also hold
 
             "drawn_epoch": of the first seed, "drawn_epochs": {"mean", "ci95", "values"} over the seeds that drew, None for
-            the others in "values"; "epochs": of a whole training; "distances": epochs x epochs of the first seed;
+            the others in "values"; "collapsed": {"dense", "search", "retrain": [seeds]} that came no further than the
+            commonest label, with a warning; "epochs": of a whole training; "distances": epochs x epochs of the first seed;
             "test_accuracy": of the ticket; "channels" (weights): the fraction kept; "guarded": layers kept from being emptied;
             "macs": {"dense", "ticket"} multiply-adds of one example (channel tickets);
             "cost": {"dense", "search", "retrain", "making", "early-bird", "imp": {"seconds": {...}, "joules": {...} or None},
@@ -165,7 +167,25 @@ def early_bird(
         run=lambda store, todo, done: run_all(todo, plan.needs, done, run_job, (plan, store.folder), workers, threads),
         summarize=lambda store: _summary(plan, store, jobs),
     )
+    for warning in warnings_of(ran[1]):
+        warnings.warn(f"early_bird: {warning}", stacklevel=2)
     return Result(*ran)
+
+
+def warnings_of(found: Mapping) -> list[str]:
+    """What somebody who uses the ticket must know: layers that it would have emptied, trainings that learned nothing."""
+    said = []
+    if found["guarded"]:
+        said.append(
+            f"density {found['density']:g} would have emptied {', '.join(found['guarded'])}; each kept its best"
+        )
+    parts = [f"{what} of seed {', '.join(map(str, seeds))}" for what, seeds in found["collapsed"].items() if seeds]
+    if parts:
+        said.append(
+            f"no better than chance: {'; '.join(parts)}. A mask that settles while nothing is learned is no ticket; another "
+            "learning rate or a warm-up may help"
+        )
+    return said
 
 
 def _check(plan: Plan) -> None:
@@ -245,7 +265,10 @@ def _search(plan, store, job, model, meter) -> dict:
 
     def on_epoch(model, epoch):
         nonlocal cost
-        if bird.update(model) and cost is None:
+        with warnings.catch_warnings():  # about guarded layers: the result tells
+            warnings.filterwarnings("ignore", "EarlyBird: density", UserWarning)
+            drawn = bird.update(model)
+        if drawn and cost is None:
             cost = meter.read()
         return bird.drawn and not watch
 
@@ -309,32 +332,51 @@ def _macs(plan, dense, small) -> dict:
 
 def _summary(plan, store, jobs) -> dict:
     outcomes = {job: store.job(job) for job in jobs}
-    found = summary(store, [job for job in jobs if job.kind != "search"])
-    ticket = found["levels"][1]
+    summed = summary(store, [job for job in jobs if job.kind != "search"])
+    ticket = summed["levels"][1]
     searches = [outcomes[Job(seed, 1, "search")] for seed in plan.seeds]
     retrained = [outcomes[Job(seed, 1)] for seed in plan.seeds]
+    dense = [outcomes[Job(seed, 0)] for seed in plan.seeds]
     first = searches[0]
     drawn = [o["drawn_epoch"] for o in searches]
     statistics = interval([d for d in drawn if d is not None]) if any(drawn) else {"mean": None, "ci95": None}
     return {
         "found": {"level": 1, "seed": plan.seeds[0], "density": ticket["density"]},
-        "levels": found["levels"],
+        "levels": summed["levels"],
         "structure": plan.bird["structure"],
         "density": plan.bird["density"],
         "window": plan.bird["window"],
         "threshold": plan.bird["threshold"],
         "drawn_epoch": first["drawn_epoch"],
         "drawn_epochs": {**statistics, "values": drawn},
+        "collapsed": {
+            what: [seed for seed, o in zip(plan.seeds, found, strict=True) if _at_chance(plan, o)]
+            for what, found in (("dense", dense), ("search", searches), ("retrain", retrained))
+        },
         "epochs": outcomes[Job(plan.seeds[0], 0)]["epochs"],
         "distances": first["distances"],
         "guarded": sorted({name for o in searches for name in o["guarded"]}),
         "kept": interval([o["kept"] / o["total"] for o in searches]),
         **({"test_accuracy": ticket["ticket"]["test_accuracy"]} if "test_accuracy" in ticket["ticket"] else {}),
         **({"macs": retrained[0]["macs"]} if plan.by_channel else {}),
-        "cost": cost_of(
-            plan.bird["density"], [outcomes[Job(seed, 0)] for seed in plan.seeds], searches, retrained, first["energy"]
-        ),
+        "cost": cost_of(plan.bird["density"], dense, searches, retrained, first["energy"]),
     }
+
+
+def _at_chance(plan, outcome) -> bool:
+    """Whether a training (a search: until it drew) came no further than two standard errors above always giving the commonest
+    label. Without a `sl.Trainer`, whose data tell, or an evaluation it is not said."""
+    trainer = masking.trainer_of(plan.fit)
+    if trainer is None:
+        return False
+    end = (outcome.get("drawn_epoch") or math.inf) * trainer.steps_per_epoch
+    records = History.from_json(outcome["history"]).records
+    accuracies = [r.test_accuracy for r in records if r.test_accuracy is not None and (r.iteration or 0) <= end]
+    if not accuracies:
+        return False
+    labels = trainer.data["test"][1]
+    chance = float(labels.unique(return_counts=True)[1].max()) / len(labels)
+    return accuracies[-1] <= chance + 2 * math.sqrt(chance * (1 - chance) / len(labels))
 
 
 def cost_of(density: float, dense: list[dict], searches: list[dict], retrained: list[dict], energy: dict) -> dict:
