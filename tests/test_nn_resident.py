@@ -185,6 +185,15 @@ def test_max_pool_gives_ties_and_nan_to_whom_torch_does():
         assert torch.equal(sl.resident(model)(x).isnan(), model(x).isnan())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_frozen_batchnorm_gives_a_finite_gradient_to_an_input_that_is_not(value):
+    model, x = convnet().eval()[:2], torch.randn(5, 3, 6, 6)
+    x[1, 2, 3, 4] = value
+    ours, layers = (gradients(m, x)[1] for m in (sl.resident(model), model))
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours, layers, rtol=1e-4, atol=1e-4)
+
+
 def test_runs_and_reasons():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),

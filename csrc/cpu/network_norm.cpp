@@ -138,7 +138,7 @@ void NormLayer::backward(const Pass& p, const View& x, const View&, const View& 
   a.extent = in;
   a.count = p.count;
   a.a = a_.data();
-  a.b = b_.data();
+  a.b = p.batch_statistics ? b_.data() : nullptr;
   a.c = c_.data();
   p.k->norm_backward(a);
 }

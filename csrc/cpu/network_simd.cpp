@@ -316,12 +316,13 @@ void net_norm_apply(const NormArgs& a) {
 void net_norm_backward(const NormArgs& a) {
   const V live = lanes(a.count);
   for (int64_t ch = 0; ch < a.extent.channels; ch++) {
-    const V scale = set1(a.a[ch]), slope = set1(a.b[ch]), shift = set1(a.c[ch]);
+    const V scale = set1(a.a[ch]), slope = set1(a.b != nullptr ? a.b[ch] : 0.f), shift = set1(a.c[ch]);
     for (int64_t h = 0; h < a.extent.height; h++) {
       const float *x = at(a.x, ch, h), *g = at(a.gy, ch, h);
       float* gx = at(a.gx, ch, h);
       for (int64_t w = 0; w < a.extent.width; w++) {
-        const V v = fma(slope, load(x + w * a.x.pixel), fma(scale, load(g + w * a.gy.pixel), shift));
+        V v = fma(scale, load(g + w * a.gy.pixel), shift);
+        if (a.b != nullptr) v = fma(slope, load(x + w * a.x.pixel), v);  // not 0 times an x that is inf or NaN
         store(gx + w * a.gx.pixel, mul(v, live));
       }
     }

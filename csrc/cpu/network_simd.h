@@ -115,7 +115,7 @@ struct ConvWeightArgs {
   void net_norm_sums(const NormArgs&);     /* sum = of x - a, other = of (x - a)^2, over `count` lanes */ \
   void net_norm_apply(const NormArgs&);    /* y = a x + b */                                              \
   void net_norm_products(const NormArgs&); /* sum = of gy, other = of gy (x - a) */                       \
-  void net_norm_backward(const NormArgs&); /* gx = a gy + b x + c, 0 in lanes from `count` on */          \
+  void net_norm_backward(const NormArgs&); /* gx = a gy + b x + c (b null: 0), 0 in lanes >= `count` */   \
   void net_conv_sparse(const ConvArgs&);                                                                  \
   void net_conv_sparse_gradients(const ConvGradArgs&);                                                    \
   void net_conv_dense(const ConvArgs&);                                                                   \
