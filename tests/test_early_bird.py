@@ -282,3 +282,20 @@ def test_another_model_in_the_middle_is_refused():
         bird.update(nn.Sequential(nn.BatchNorm2d(4)))
     with pytest.raises(sl.TicketError, match="initial: missing"):
         EarlyBird(initial={"fc.weight": torch.zeros(3, 3)}).update(with_gammas(network(), *random_gammas(0)))
+
+
+@pytest.mark.parametrize("structure", ["channel", "unstructured"])
+def test_a_mask_that_settles_since_nothing_changes_is_told(structure):
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linspace(1, 2, 8))
+    still, moving = (sl.EarlyBird(0.5, structure, window=2) for _ in range(2))
+    assert not still.update(model) and not moving.update(model)
+    with pytest.warns(UserWarning, match="settled, but no (scale γ|weight) has changed"):
+        assert still.update(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert moving.update(model)

@@ -36,6 +36,9 @@ class EarlyBird:
     together, or of all weights, those of largest magnitude. The last `window` masks wait in a queue; the ticket is drawn when
     every normalized Hamming distance from the newest to another one in the full queue is below `threshold`.
 
+    Masks also settle where nothing is learned; a warning says so where nothing at all has changed from one epoch to the next.
+    Look at the accuracy, too: the driver, `sl.early_bird`, tells trainings that are no better than chance.
+
     A layer that would lose everything keeps its best channel (weight), at the expense of the worst of the others, and a
     warning says so once: a network with an empty layer computes a constant.
 
@@ -97,6 +100,7 @@ class EarlyBird:
         self.scores: dict[str, Tensor] | None = None
         self.guarded: tuple[str, ...] = ()
         self._warned = False
+        self._before: tuple[float, ...] = ()
         self._masks: list[dict[str, Mask]] = []  # of every epoch, on the CPU
         self._distances: list[list[float]] = []  # row e: from epoch e to each before it
 
@@ -144,10 +148,18 @@ class EarlyBird:
         self._masks.append(masks)
         self._distances.append(row)
         self.epochs += 1
+        before, self._before = self._before, _fingerprint(layers)
         if not self.drawn and self.epochs >= self.window and max(row[1 - self.window :]) < self.threshold:
             self.epoch = self.epochs
             self.ticket = self.ticket_of(model)
             self.scores = self.scores_of(model)
+            if self._before == before:
+                what = "scale γ" if self.structure == "channel" else "weight"
+                warnings.warn(
+                    f"EarlyBird: the mask has settled, but no {what} has changed since the epoch before: the network may not "
+                    "be learning",
+                    stacklevel=2,
+                )
         return self.drawn
 
     def check(self, model: nn.Module) -> None:
@@ -252,6 +264,14 @@ def _guarded_topk(values: list[Tensor], keep: int, names: list[str]) -> tuple[li
             return masks, sorted(forced)
         for i in empty:  # making room for these may empty others
             forced[i] = global_topk([values[i]], 1, names=[names[i]])[0][0]
+
+
+def _fingerprint(layers: Mapping[str, nn.Module]) -> tuple[float, ...]:
+    """Sums that tell whether what is ranked has changed, without a copy of it."""
+    values = [layer.weight.detach() for layer in layers.values()]
+    return tuple(
+        float(s) for v in values for s in (v.sum(dtype=torch.float64), torch.linalg.vector_norm(v, dtype=torch.float64))
+    )
 
 
 def _distance(masks: dict[str, Mask], others: dict[str, Mask]) -> float:

@@ -265,8 +265,8 @@ def _search(plan, store, job, model, meter) -> dict:
 
     def on_epoch(model, epoch):
         nonlocal cost
-        with warnings.catch_warnings():  # about guarded layers: the result tells
-            warnings.filterwarnings("ignore", "EarlyBird: density", UserWarning)
+        with warnings.catch_warnings():  # the result tells
+            warnings.filterwarnings("ignore", "EarlyBird:", UserWarning)
             drawn = bird.update(model)
         if drawn and cost is None:
             cost = meter.read()
