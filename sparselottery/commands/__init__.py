@@ -9,6 +9,8 @@ COMMANDS = {  # command -> module here, in the order of --help
     "early-bird": "early_bird",
     "mutual-information": "mutual_information",
     "supermask": "supermask",
+    "refill": "refill",
+    "regroup": "regroup",
     "reproduce": "reproduce",
     "plan": "plan",
     "bench": "bench",
