@@ -180,7 +180,12 @@ def words_of(param: Tensor) -> Tensor | None:
 
 def owners_of(param: Tensor) -> list:
     """The living layers that mask a parameter, the last attached first."""
-    return [owner for ref in _refs(param) if (owner := ref()) is not None]
+    found = []
+    for ref in _refs(param):  # a loop: torch.compile, which may look in here, goes wrong on a comprehension that calls `ref`
+        owner = ref()
+        if owner is not None:
+            found.append(owner)
+    return found
 
 
 def detach(param: Tensor, owner) -> None:

@@ -81,8 +81,8 @@ def cost(hparams: Training, data_root=None, workers: int | None = None) -> dict:
     return {
         "trainings": sum(work.count for work in works),
         "iterations": sum(work.count * work.iterations for work in works),
-        "cpu_seconds": round(total, 1),
-        "seconds": round(max(total / workers, longest), 1),
+        "cpu_seconds": round(total, 3),
+        "seconds": round(max(total / workers, longest), 3),
         "workers": workers,
         "disk_bytes": int(disk),
         "measured": [
@@ -257,4 +257,4 @@ def in_words(seconds: float) -> str:
 def sum_of(costs: Sequence[dict]) -> dict:
     """Runs one after the other."""
     keys = ("trainings", "iterations", "cpu_seconds", "seconds", "disk_bytes")
-    return {key: round(sum(cost[key] for cost in costs), 1) for key in keys}
+    return {key: round(sum(cost[key] for cost in costs), 3) for key in keys}
