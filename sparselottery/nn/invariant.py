@@ -378,6 +378,7 @@ def _watch() -> None:
         _watching = True
 
 
+@torch._disable_dynamo  # lazily: bookkeeping on weak references has nothing to compile, and traced it is compiled again and again
 def _after_step(optimizer: Optimizer, args, kwargs) -> None:
     keeps_zeros = getattr(optimizer, "masks_weights", False)
     for group in optimizer.param_groups:
