@@ -306,10 +306,10 @@ PYBIND11_MODULE(_C, m) {
            [](const MaskedLinearPlan& plan, uintptr_t words) { return plan.same_words(as<const uint32_t>(words)); })
       .def("forward",
            [](MaskedLinearPlan& plan, uintptr_t weight, bool half, int64_t version, bool same, uintptr_t x,
-              int64_t x_stride, int64_t batch, uintptr_t bias, uintptr_t y, int64_t tile, bool relu) {
+              int64_t x_stride, int64_t batch, uintptr_t bias, uintptr_t y, int64_t tile, bool relu, bool trains) {
              py::gil_scoped_release release;
              plan.forward({as<const void>(weight), half, version, same}, as<const float>(x), x_stride, batch,
-                          as<const float>(bias), as<float>(y), tile, relu);
+                          as<const float>(bias), as<float>(y), tile, relu, trains);
            })
       .def("backward", [](MaskedLinearPlan& plan, uintptr_t weight, bool half, int64_t version, bool same,
                           uintptr_t grad, int64_t grad_stride, uintptr_t x, int64_t x_stride, int64_t batch,

@@ -33,9 +33,10 @@ class MaskedLinearPlan {
   };
 
   // x [batch, columns] with rows x_stride apart, bias [rows] or null, y [batch, rows]. tile: vectors of batch per
-  // feature, 0 to choose. relu: y becomes max(y, 0).
+  // feature, 0 to choose, -1 for dense products under the mask. relu: y becomes max(y, 0). trains: the weight changes
+  // between calls.
   void forward(const Weight& weight, const float* x, int64_t x_stride, int64_t batch, const float* bias, float* y,
-               int64_t tile, bool relu);
+               int64_t tile, bool relu, bool trains = false);
 
   // grad [batch, rows] with rows grad_stride apart. Every element of dx [batch, columns], dw [rows, columns] and db
   // [rows] is written; null where not wanted (dx and dw not both). dw has the weight's type. dw_is_zero (float32): dw

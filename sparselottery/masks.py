@@ -181,7 +181,8 @@ def words_of(param: Tensor) -> Tensor | None:
 def owners_of(param: Tensor) -> list:
     """The living layers that mask a parameter, the last attached first."""
     found = []
-    for ref in _refs(param):  # a loop: torch.compile, which may look in here, goes wrong on a comprehension that calls `ref`
+    # A loop: torch.compile, which may look in here, goes wrong on a comprehension that calls `ref`.
+    for ref in _refs(param):
         owner = ref()
         if owner is not None:
             found.append(owner)

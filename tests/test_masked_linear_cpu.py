@@ -153,17 +153,71 @@ def test_cpu_writes_every_element(isa):
     words = reference.bitmask_pack(keep)
     plan = _ext.extension().CpuMaskedLinearPlan(words.data_ptr(), *keep.shape)
     wanted = (reference.masked_linear(x, w, words, b), *reference.masked_linear_backward(grad, x, w, words))
-    for tile in range(9):
+    for tile in range(-1, 9):
         y, dx, dw, db = (torch.full_like(t, torch.nan) for t in wanted)
         weight = (w.data_ptr(), False, 0, True)
-        plan.forward(*weight, x.data_ptr(), 90, 37, b.data_ptr(), y.data_ptr(), tile, True)
+        plan.forward(*weight, x.data_ptr(), 90, 37, b.data_ptr(), y.data_ptr(), tile, True, False)
         torch.testing.assert_close(y, wanted[0].relu(), rtol=1e-4, atol=1e-5)
         y.fill_(torch.nan)
-        plan.forward(*weight, x.data_ptr(), 90, 37, b.data_ptr(), y.data_ptr(), tile, False)
+        plan.forward(*weight, x.data_ptr(), 90, 37, b.data_ptr(), y.data_ptr(), tile, False, True)
         addresses = (dx.data_ptr(), dw.data_ptr(), db.data_ptr())
         plan.backward(*weight, grad.data_ptr(), 50, x.data_ptr(), 90, 37, *addresses, tile, False)
         for ours, theirs in zip((y, dx, dw, db), wanted, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (16, 8), (31, 9), (129, 17), (300, 70), (70, 300)], ids=str)
+def test_cpu_dense_products_under_the_mask(isa, shape):
+    """The loops for a few samples, whatever batch and density; the weight holds NaN off the mask, the outputs start as NaN."""
+    for batch in (1, 2, 3, 4, 5, 8, 13):
+        x, w, b, grad, keep = sparse_sample(batch, *shape, 0.4, seed=batch)
+        x, grad = (torch.cat([t, t], 1)[:, t.shape[1] :] for t in (x, grad))
+        words = reference.bitmask_pack(keep)
+        wanted = (reference.masked_linear(x, w, words, b), *reference.masked_linear_backward(grad, x, w, words))
+        plan = _ext.extension().CpuMaskedLinearPlan(words.data_ptr(), *keep.shape)
+        held = w.masked_fill(~keep, torch.nan)
+        weight, y = (held.data_ptr(), False, 0, True), torch.full_like(wanted[0], torch.nan)
+        for relu in (True, False):
+            plan.forward(
+                *weight, x.data_ptr(), x.stride(0), batch, b.data_ptr(), y.data_ptr(), -1, relu, False
+            )  # fmt: skip
+            torch.testing.assert_close(y, wanted[0].relu() if relu else wanted[0], rtol=1e-4, atol=1e-5)
+        for asked in ((True, True), (True, False), (False, True)):
+            dx, dw, db = (torch.full_like(t, torch.nan) for t in wanted[1:])
+            plan.backward(
+                *weight, grad.data_ptr(), grad.stride(0), x.data_ptr(), x.stride(0), batch,
+                dx.data_ptr() if asked[0] else 0, dw.data_ptr() if asked[1] else 0, db.data_ptr(), -1, False,
+            )  # fmt: skip
+            torch.testing.assert_close(db, wanted[3], rtol=1e-4, atol=1e-5)
+            for i, (gradient, is_asked) in enumerate(zip((dx, dw), asked, strict=True)):
+                if is_asked:
+                    torch.testing.assert_close(gradient, wanted[1 + i], rtol=1e-4, atol=1e-5)
+                else:
+                    assert gradient.isnan().all()
+
+
+def test_cpu_dense_products_refuse_what_they_cannot_do():
+    words = reference.bitmask_pack(torch.ones(4, 4, dtype=torch.bool))
+    plan = _ext.extension().CpuMaskedLinearPlan(words.data_ptr(), 4, 4)
+    half, x, y = torch.ones(4, 4, dtype=torch.bfloat16), torch.ones(1, 4), torch.ones(1, 4)
+    with pytest.raises(ValueError, match="no dense product"):
+        plan.forward(half.data_ptr(), True, 0, True, x.data_ptr(), 4, 1, 0, y.data_ptr(), -1, False, False)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_cpu_a_call_gives_the_same_bits_again(cpu, isa, trains):
+    """Which loops run must not depend on what ran before: a resumed run repeats what an uninterrupted one did."""
+    for batch, density in ((1, 0.1), (1, 0.3), (4, 0.15), (16, 0.3), (20, 0.5)):
+        x, w, b, grad, keep = sparse_sample(batch, 300, 70, density)
+        words = reference.bitmask_pack(keep)
+        inputs = [t.clone().requires_grad_(trains) for t in (x, w, b)]
+        results = []
+        for _ in range(3):
+            y = masked_linear(inputs[0], inputs[1], words, inputs[2])
+            results.append((y, *(torch.autograd.grad(y, inputs, grad) if trains else ())))
+        for other in results[1:]:
+            for one, two in zip(results[0], other, strict=True):
+                assert torch.equal(one, two)
 
 
 def test_cpu_large_gradient_is_streamed_to_every_element():

@@ -94,8 +94,8 @@ def _unit_rows(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _cpu(x, weight, words, bias, relu=False, anew=False):
-    """`anew`: as after an optimizer's step, when the survivors' values have to be gathered again."""
+def _cpu(x, weight, words, bias, relu=False, trains=False, anew=False):
+    """`trains`: the weight changes between calls. `anew`: as if it had, since the last one."""
     weight = weight.contiguous()
     shape = tuple(weight.shape)
     dtype = x.dtype
@@ -116,6 +116,7 @@ def _cpu(x, weight, words, bias, relu=False, anew=False):
         y.data_ptr(),
         0,
         relu,
+        trains,
     )
     if dtype is not torch.float32:
         y = y.to(dtype)
@@ -307,7 +308,7 @@ def _forward(x, weight, words, bias, premasked, relu=False, trains=False):
     key = _key("forward", x, weight, words, premasked, trains)
     name = dispatch.lookup(OP, key)
     if name == "cpu":
-        return _cpu(x, weight, words, bias, relu)
+        return _cpu(x, weight, words, bias, relu, trains)
     if name == "dense":
         y = _dense(x, weight, words, bias, premasked)
     else:
@@ -315,7 +316,7 @@ def _forward(x, weight, words, bias, premasked, relu=False, trains=False):
             x,
             key and dispatch.bucket_density(key[3]),
             lambda: _dense(x, weight, words, bias, premasked),
-            lambda: _cpu(x, weight, words, bias, anew=trains),
+            lambda: _cpu(x, weight, words, bias, False, trains, anew=trains),
             lambda: _triton().forward(_rows(x), weight, words, bias).view(*x.shape[:-1], weight.shape[0]),
             lambda: reference.masked_linear(x, weight, words, bias),
             lambda: fp32_linear.forward(x, _masked(weight, words, premasked), bias),
@@ -323,7 +324,7 @@ def _forward(x, weight, words, bias, premasked, relu=False, trains=False):
         )
         name = name or _choose("forward", key, candidates)
         if name == "cpu":
-            return _cpu(x, weight, words, bias, relu)
+            return _cpu(x, weight, words, bias, relu, trains)
         y = candidates[name]()
     return y.relu_() if relu else y
 
@@ -373,7 +374,12 @@ class _MaskedLinear(torch.autograd.Function):
         if names is not None:  # see `prepared`
             ctx.arguments = True, False, names[1]
             ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, words, None)
-            return _cpu(x, weight, words, bias) if names[0] == "cpu" else _dense(x, weight, words, bias, True)
+            trains = ctx.needs_input_grad[1]
+            return (
+                _cpu(x, weight, words, bias, False, trains)
+                if names[0] == "cpu"
+                else _dense(x, weight, words, bias, True)
+            )
         ctx.arguments = premasked, relu, None
         if is_plain(x, weight):  # the dispatcher costs 7 us
             y = _forward(x, weight, words, bias, premasked, relu, ctx.needs_input_grad[1])

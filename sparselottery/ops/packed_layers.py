@@ -123,6 +123,7 @@ def _linear_cpu(x, values, words, bias, shape):
         y.data_ptr(),
         0,
         False,
+        False,
     )
     return y.view(*x.shape[:-1], shape[0])
 

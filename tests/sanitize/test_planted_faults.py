@@ -28,7 +28,7 @@ x, weight, y = torch.ones(64, 64), torch.ones(64, 64), torch.empty(64, 64)
 plan = C.CpuMaskedLinearPlan(words.data_ptr(), 64, 64)
 short = torch.empty(64 * 64 - 16)
 def forward(x, y):
-    plan.forward(weight.data_ptr(), False, 0, False, x.data_ptr(), 64, 64, 0, y.data_ptr(), 0, False)
+    plan.forward(weight.data_ptr(), False, 0, False, x.data_ptr(), 64, 64, 0, y.data_ptr(), 0, False, False)
 """
 
 
