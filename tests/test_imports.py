@@ -1,6 +1,7 @@
 """The rooms of the house: imports run one way, one op has one name everywhere, and nothing names somebody's machine."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -141,6 +142,32 @@ def test_import_does_not_load_heavy_or_optional_packages():
     assert done.returncode == 0, done.stderr
     allowed = {"triton"} if plain.stdout.strip() == "True" else set()
     assert set(ast.literal_eval(done.stdout)) <= allowed
+
+
+def test_the_benchmark_and_the_gpus_tests_need_torch_and_pytest_only():
+    """bench/gpu.sh runs on machines where nothing can be installed; numpy only a baseline on the CPU wants."""
+    gone = ["numpy", "safetensors", "sklearn", "matplotlib", "hypothesis", "transformers", "xdist", "pytest_timeout"]
+    script = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {gone} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+import pytest
+from sparselottery.bench import memory, registry, report, run, verify
+for case in registry.small_cases():
+    if case.op not in registry.CPU_ONLY and case.op != "bitmask":
+        case.prepare()
+assert sorted(set(sys.modules) & set({gone})) == []
+raise SystemExit(pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", r"{ROOT / "tests" / "gpu"}"]))
+"""
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, **CAPTURE)
+    assert done.returncode == 0 and "test_cuda_kernels.py" in done.stdout, done.stdout[-2000:] + done.stderr
 
 
 CAPTURE = {"capture_output": True, "text": True, "timeout": 120}

@@ -187,6 +187,58 @@ def test_plain_models():
     compare(trainer(budget=10), [lenet(s).double() for s in range(3)], [0, 1, 2])
 
 
+class Average(nn.Module):
+    """Counts in place and puts a new tensor in place of the average, as a module of one's own may."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("average", torch.zeros(64, dtype=torch.float64))
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training:
+            self.seen += len(x)
+            self.average = 0.9 * self.average + 0.1 * x.mean(0)
+        return self.fc(x - self.average)
+
+
+def test_buffers_that_a_forward_replaces():
+    found = [Average().double() for _ in range(3)]
+    compare(trainer(budget=10, patience=1), found, [0, 1, 2])
+    assert found[0].seen == 200 and not torch.equal(found[0].average, found[1].average)
+
+
+def weight_normed():
+    linear = nn.utils.parametrizations.weight_norm(nn.Linear(64, 10))
+    return nn.Sequential(nn.Flatten(), linear).double()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_parametrized_layers():
+    """Each has a class of its own, made when it was parametrized."""
+    fit = trainer(budget=10)
+    assert fit.why_not_many(weight_normed()) is None
+    compare(fit, [weight_normed() for _ in range(2)], [0, 1])
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.fc(self.lstm(x.squeeze(1))[0][:, -1])
+
+
+def test_what_torch_cannot_batch_is_a_reason_and_no_crash():
+    fit = trainer()
+    assert "the model: cannot be trained as a batch (Batching rule not" in fit.why_not_many(Recurrent().double())
+    with pytest.raises(ValueError, match="models: cannot be trained as a batch"):
+        fit.fit_many([Recurrent().double() for _ in range(2)], seeds=[0, 1])
+
+
 class Branches(nn.Module):
     def __init__(self):
         super().__init__()

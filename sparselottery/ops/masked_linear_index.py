@@ -4,7 +4,6 @@ import math
 import threading
 import weakref
 
-import numpy
 import torch
 
 from .. import _ext
@@ -68,6 +67,8 @@ class Memory:
             return torch.empty(shape, dtype=torch.float32, device="cpu"), False
         with self.lock:
             if self.base is None or self.lease() is not None:
+                import numpy  # here: on a GPU nobody needs it
+
                 raw = numpy.empty(count + 16, numpy.float32)
                 start = -raw.ctypes.data // 4 % 16  # on a cache line
                 self.base = raw[start : start + count]

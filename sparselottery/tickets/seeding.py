@@ -4,13 +4,14 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Every usual generator seeded inside (so that a fit that draws from one is repeatable), restored afterwards."""
+    import numpy as np  # here: who seeds nothing needs only torch
+
     python, arrays = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -8,9 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -147,6 +145,8 @@ class Ticket:
         The file appears complete or not at all (temporary file, fsync, rename). Equal tickets give equal bytes. Returns
         `path`.
         """
+        import safetensors.torch  # here: without ticket files only torch is needed
+
         path = Path(path)
         tensors, aliases = _distinct(self._tensors())
 
@@ -175,6 +175,8 @@ class Ticket:
             FileNotFoundError: there is none.
             TicketError: it is truncated, damaged or something else; the message names it.
         """
+        from safetensors import SafetensorError
+
         data = Path(path).read_bytes()
         try:
             start, end = _find_digest(data)
@@ -194,6 +196,8 @@ class Ticket:
     @classmethod
     def _parse(cls, data: bytes) -> "Ticket":
         """The ticket in a file's content; any exception where that has another structure than `save` gives it."""
+        import safetensors.torch
+
         about = json.loads(
             json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["sparselottery"]
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.utils import parametrize
 
 from .. import masks, optim
 from ..nn.convert import densify, masked_modules
@@ -119,10 +120,15 @@ class Stack:
         """x `[R, N, *]`, or `[N, *]` if `shared` by all -> outputs `[R, N, ...]`."""
 
         def one(state, x):
-            return functional_call(self.skeleton, state, (x,))
+            before = dict(state)
+            output = functional_call(self.skeleton, state, (x,))
+            # Buffers that the forward put another tensor in place of; what it wrote into the old one is there already.
+            return output, {name: state[name] for name in self.buffers if state[name] is not before[name]}
 
         state = {**self.params, **self.frozen, **self.buffers}
-        return vmap(one, in_dims=(0, None if shared else 0))(state, x)
+        output, replaced = vmap(one, in_dims=(0, None if shared else 0))(state, x)
+        self.buffers.update({name: buffer.detach() for name, buffer in replaced.items()})
+        return output
 
     def write(self) -> None:
         """Copy every replica's values into its model."""
@@ -294,7 +300,9 @@ class _Loop:
 def _signature(model, plain):
     """What replicas must have in common."""
     state = [(k, tuple(v.shape), v.dtype, v.device) for k, v in plain.state_dict(keep_vars=True).items()]
-    return str(plain), [type(m) for m in plain.modules()], state, [p.requires_grad for p in model.parameters()]
+    # A parametrized module has a class of its own.
+    types = [parametrize.type_before_parametrizations(m) for m in plain.modules()]
+    return str(plain), types, state, [p.requires_grad for p in model.parameters()]
 
 
 @contextlib.contextmanager
@@ -303,7 +311,7 @@ def one_error_for_all(what="models"):
     try:
         yield
     except RuntimeError as error:
-        if "vmap" not in str(error):
+        if "vmap" not in str(error) and "atching rule" not in str(error):
             raise
         raise ValueError(
             f"{what}: cannot be trained as a batch ({str(error).splitlines()[0]}); train them one by one"
