@@ -61,7 +61,7 @@ def test_snip_is_the_loss_that_a_weight_is_worth():
 
 def test_grasp_is_the_hessian_gradient_product():
     model, (x, y) = network(), batch()
-    found = sensitivity_scores("grasp", model, (x, y))
+    found = sensitivity_scores("grasp", model, (x, y), loss=F.cross_entropy)
     names = list(found)
     weights = [model.get_submodule(n).weight.detach() for n in names]
     sizes = [w.numel() for w in weights]
@@ -79,7 +79,7 @@ def test_grasp_is_the_hessian_gradient_product():
 def test_grasp_keeps_what_carries_the_gradient():
     """The paper's S(-w) = -w H g is the change of |gradient|^2 / 2 when w goes: what it raises goes first."""
     model, (x, y) = network(), batch()
-    score = sensitivity_scores("grasp", model, (x, y))["0"]
+    score = sensitivity_scores("grasp", model, (x, y), loss=F.cross_entropy)["0"]
 
     def square():
         loss = F.cross_entropy(model(x), y)
@@ -95,6 +95,16 @@ def test_grasp_keeps_what_carries_the_gradient():
         torch.testing.assert_close((square() - before) / step, -score[i, j], rtol=1e-3, atol=1e-7)
         with torch.no_grad():
             weight[i, j] = keep
+
+
+def test_grasp_by_default_has_its_authors_temperature():
+    model, (x, y) = network(), batch()
+    found = sensitivity_scores("grasp", model, (x, y))
+    tempered = sensitivity_scores("grasp", model, (x, y), loss=lambda output, y: F.cross_entropy(output / 200, y))
+    plain = sensitivity_scores("grasp", model, (x, y), loss=F.cross_entropy)
+    for name, score in found.items():
+        assert torch.equal(score, tempered[name])
+        assert not torch.equal(score.flatten().argsort(), plain[name].flatten().argsort())
 
 
 def test_synflow_of_a_linear_network_is_the_product_of_its_paths():

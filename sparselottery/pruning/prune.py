@@ -127,7 +127,7 @@ def prune(
         generator: for criterion "random"; None: torch's default one.
         initial: the state_dict (or model) of before training, for criteria that compare with it.
         batch: (x `[N, *]`, y `[N]`) for "snip" and "grasp"; "synflow" looks at the shape of x alone, y may be None.
-        loss: `loss(output, y) -> scalar` for "snip" and "grasp"; None is cross-entropy.
+        loss: `loss(output, y) -> scalar` for "snip" and "grasp"; None is cross-entropy (grasp: at its authors' temperature).
         rounds: for these three: score anew and prune so many times, each time the same fraction of what is left. None
             is 100 for "synflow" and 1 for the others, as their authors have it.
 

@@ -8,8 +8,9 @@
                                  2006.05467, equation 2 and algorithm 1)
 
 SNIP divides the scores by their sum, which changes no rank. Products of many layers soon leave the range of float32, so
-SynFlow computes in float64. GraSP's authors divide the outputs by a temperature of 200 first; hand over a `loss` that
-does, for that.
+SynFlow computes in float64. GraSP's loss, where none is given, is the cross-entropy of the outputs divided by 200, as in its
+authors' code: far from saturation, where the gradient is large. Without that it is no better than its opposite (LeNet-300-100
+on digits, 10 % of the weights: 91 % test accuracy with it, 70 to 82 % without, 52 to 71 % for the smallest scores).
 """
 
 import copy
@@ -25,6 +26,7 @@ from ..nn.convert import densify, masked_modules, sparsify
 
 NAMES = ("snip", "grasp", "synflow")
 ROUNDS = {"synflow": 100}  # in how many rounds the authors prune; the others at once
+TEMPERATURE = 200  # of GraSP's cross-entropy
 
 
 class Sensitivity:
@@ -36,7 +38,7 @@ class Sensitivity:
             the batch), but without dropout, SynFlow as in evaluation.
         layers: names of the layers whose weights are scored.
         batch: (x `[N, *]`, y `[N]`). SynFlow looks at the shape of x alone, and takes y = None.
-        loss: `loss(output, y) -> scalar`; None is cross-entropy.
+        loss: `loss(output, y) -> scalar`; None is cross-entropy, with grasp of the outputs divided by `TEMPERATURE`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -48,7 +50,9 @@ class Sensitivity:
         if loss is not None and not callable(loss):
             raise TypeError(f"loss: expected a callable (output, y) -> scalar, got {type(loss).__name__}")
         x, y = _check_batch(criterion, batch)
-        self.criterion, self.loss = criterion, F.cross_entropy if loss is None else loss
+        if loss is None:
+            loss = _tempered if criterion == "grasp" else F.cross_entropy
+        self.criterion, self.loss = criterion, loss
         device = next(model.parameters()).device
         self.x, self.y = x.to(device), None if y is None else y.to(device)
         scratch = densify(copy.deepcopy(model))
@@ -106,6 +110,10 @@ class Sensitivity:
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             raise TypeError(f"loss: expected it to return a scalar tensor, got {type(value).__name__}")
         return value
+
+
+def _tempered(output: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(output / TEMPERATURE, y)
 
 
 def _gradients(value, weights, create_graph=False) -> list[Tensor]:

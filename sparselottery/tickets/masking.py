@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import dispatch
@@ -121,7 +122,7 @@ def _evidence(plan, seed, level, initial) -> dict:
     trainer = trainer_of(plan.fit)
     return {
         "batch": examples(trainer, seed) if plan.batch is None else plan.batch,
-        "loss": None if trainer is None else trainer.loss,
+        "loss": None if trainer is None or trainer.loss is F.cross_entropy else trainer.loss,
     }
 
 
