@@ -277,6 +277,29 @@ def test_pooling(isa, name, after):
 
 
 @pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((3, 2), 1), nn.MaxPool2d(2, 3)], ids=str
+)
+@pytest.mark.parametrize("relu", [False, True])
+def test_max_pooling_of_ties_and_special_values(isa, pool, relu):
+    """To the bit as torch, whose gradient goes to the first of equals and to the last NaN of a window."""
+    g = torch.Generator().manual_seed(0)
+    choice = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, 1.0, -1.0])
+    x = choice[torch.randint(len(choice), (37, 3, 8, 9), generator=g)]
+    x[:4], x[4:8], x[8:12] = torch.nan, -torch.inf, 1.0
+    x[12:24] = torch.where(
+        torch.rand(12, 3, 8, 9, generator=g) < 0.05, torch.nan, torch.randn(12, 3, 8, 9, generator=g)
+    )
+    model, inputs = nn.Sequential(pool, *[nn.ReLU()] * relu), x.clone().requires_grad_()
+    expected = model(inputs)
+    grad = torch.randn(expected.shape, generator=g)
+    expected.backward(grad)
+    y, dx, _ = gradients_of(make(model, (3, 8, 9)), model, x, grad)
+    assert torch.equal(y.nan_to_num(123), expected.detach().nan_to_num(123))
+    torch.testing.assert_close(dx, inputs.grad, rtol=1e-6, atol=1e-6)  # a pixel of several windows gets a sum
+    assert torch.equal(dx != 0, inputs.grad != 0)
+
+
+@pytest.mark.parametrize(
     "modules, shape",
     [
         ([nn.ReLU()], (2, 3, 4)),

@@ -113,10 +113,17 @@ struct Network::Impl : Blueprint {
     auto& norm = static_cast<NormLayer&>(*layers[s.layer]);
     norm.start_statistics(c.groups);
     for (int round = 0; round < 2; round++) {
-      for_groups(c, values(s.from), [&](int64_t g, int64_t share, int) {
+      const bool in_order = round == 0 && norm.single_pixel();
+      const auto run = [&](int64_t g, int64_t share, int) {
         const Pass pass{&k, c.tile(g), c.examples(g), share, false, true};
-        norm.group_statistics(pass, g, view(m, s.from, false, norm.in, g, g, pass.tile));
-      });
+        const View x = view(m, s.from, false, norm.in, g, g, pass.tile);
+        in_order ? norm.add_in_order(pass, x) : norm.group_statistics(pass, g, x);
+      };
+      if (in_order) {
+        for (int64_t g = 0; g < c.groups; g++) run(g, 0, 0);
+      } else {
+        for_groups(c, values(s.from), run);
+      }
       norm.finish_statistics(c.groups, c.count, update);
     }
   }

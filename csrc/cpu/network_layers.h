@@ -144,8 +144,12 @@ class NormLayer : public Layer {
   void backward(const Pass& p, const View& x, const View& y, const View& gy, const View& gx) override;
   void products(const Pass& p, int64_t group, const View& x, const View& gy);
   void finish_products(int64_t groups, int64_t examples, bool batch_statistics);
-  // Of a whole batch: the sums of each group, twice (mean, then squares), then the result and the running statistics.
+  // Of a whole batch: the sums of each group, twice (for the mean, then about it), then the result and the running
+  // statistics. With one value a channel and example, the first sums are taken by `add_in_order` instead, example
+  // after example in float: as torch does, whose rounding is all that there is of a constant channel.
+  bool single_pixel() const { return in.height * in.width == 1; }
   void start_statistics(int64_t groups);
+  void add_in_order(const Pass& p, const View& x);
   void group_statistics(const Pass& p, int64_t group, const View& x);
   void finish_statistics(int64_t groups, int64_t examples, bool update);
   void use_running();

@@ -37,12 +37,18 @@ void NormLayer::start_statistics(int64_t groups) {
   round_ = 0;
 }
 
+void NormLayer::add_in_order(const Pass& p, const View& x) {
+  for (int64_t c = 0; c < in.channels; c++) {
+    for (int64_t b = 0; b < p.count; b++) mean_[c] += x.data[c * x.channel + b];
+  }
+}
+
 void NormLayer::group_statistics(const Pass& p, int64_t group, const View& x) {
   NormArgs a{};
   a.x = x;
   a.extent = in;
   a.count = p.count;
-  a.a = mean_.data();
+  a.mean = mean_.data();
   a.sum = sums_.data() + group * in.channels;
   a.other = others_.data() + group * in.channels;
   p.k->norm_sums(a);
@@ -51,17 +57,30 @@ void NormLayer::group_statistics(const Pass& p, int64_t group, const View& x) {
 void NormLayer::finish_statistics(int64_t groups, int64_t examples, bool update) {
   const double count = static_cast<double>(examples) * in.height * in.width;
   for (int64_t c = 0; c < in.channels; c++) {
-    double sum = 0;
-    for (int64_t g = 0; g < groups; g++) sum += (round_ == 0 ? sums_ : others_)[g * in.channels + c];
+    if (round_ == 0 && single_pixel()) {
+      mean_[c] = static_cast<float>(mean_[c] / count);
+      continue;
+    }
+    double sum = 0, squares = 0;
+    for (int64_t g = 0; g < groups; g++) {
+      sum += sums_[g * in.channels + c];
+      squares += others_[g * in.channels + c];
+    }
     if (round_ == 0) {
       mean_[c] = static_cast<float>(sum / count);
       continue;
     }
-    const double variance = sum / count;
+    // What the second sums are away from 0 corrects the first ones' rounding, and their squares: of a constant channel
+    // nothing must remain, because it would be divided by the root of eps.
+    const float before = mean_[c];
+    if (!single_pixel()) mean_[c] = static_cast<float>(before + sum / count);
+    const double moved = static_cast<double>(mean_[c]) - before;
+    squares -= moved * (2 * sum - count * moved);
+    if (squares < 0) squares = 0;
     now_.mean[c] = mean_[c];
-    now_.scale[c] = static_cast<float>(1 / std::sqrt(variance + eps_));
+    now_.scale[c] = static_cast<float>(1 / std::sqrt(squares / count + eps_));
     if (update && has_running_) {
-      const double unbiased = sum / (count - 1);
+      const double unbiased = squares / (count - 1);
       running_mean_[c] = static_cast<float>((1 - momentum_) * running_mean_[c] + momentum_ * mean_[c]);
       running_variance_[c] = static_cast<float>((1 - momentum_) * running_variance_[c] + momentum_ * unbiased);
     }
@@ -90,10 +109,11 @@ void NormLayer::forward(const Pass& p, const View& x, const View& y, bool relu) 
   a.x = x;
   a.y = y;
   a.extent = in;
-  std::vector<float> scale, shift;
-  scale_and_shift(scale, shift);
+  std::vector<float> scale(in.channels);
+  for (int64_t c = 0; c < in.channels; c++) scale[c] = now_.scale[c] * weight_[c];
+  a.mean = now_.mean.data();
   a.a = scale.data();
-  a.b = shift.data();
+  a.shift = bias_.data();
   a.relu = relu;
   p.k->norm_apply(a);
 }
@@ -104,7 +124,7 @@ void NormLayer::products(const Pass& p, int64_t group, const View& x, const View
   a.gy = gy;
   a.extent = in;
   a.count = p.count;
-  a.a = now_.mean.data();
+  a.mean = now_.mean.data();
   a.sum = sums_.data() + group * in.channels;
   a.other = others_.data() + group * in.channels;
   p.k->norm_products(a);
@@ -125,7 +145,7 @@ void NormLayer::finish_products(int64_t groups, int64_t examples, bool batch_sta
     const double tilt = batch_statistics ? -slope * scale * scale * product / count : 0;
     a_[c] = static_cast<float>(slope);
     b_[c] = static_cast<float>(tilt);
-    c_[c] = static_cast<float>((batch_statistics ? -slope * sum / count : 0) - tilt * now_.mean[c]);
+    c_[c] = static_cast<float>(batch_statistics ? -slope * sum / count : 0);
   }
 }
 
@@ -137,9 +157,10 @@ void NormLayer::backward(const Pass& p, const View& x, const View&, const View& 
   a.gx = gx;
   a.extent = in;
   a.count = p.count;
+  a.mean = now_.mean.data();
   a.a = a_.data();
   a.b = p.batch_statistics ? b_.data() : nullptr;
-  a.c = c_.data();
+  a.shift = c_.data();
   p.k->norm_backward(a);
 }
 

@@ -11,34 +11,57 @@ SL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 SL_INLINE float* at(const View& v, int64_t c, int64_t h) { return v.data + c * v.channel + h * v.row; }
 
 #if defined(SL_ISA_AVX512)
-// The larger one, NaN where either is; and v where a equals b (or either is NaN) and not before, 0 elsewhere.
+// The larger one, NaN where either is; v where a equals b, and where a is NaN, unless seen before, 0 elsewhere.
 SL_INLINE V maximum(V a, V b) {
   return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
 }
 using Seen = __mmask16;
 SL_INLINE Seen none() { return 0; }
 SL_INLINE V where_first(V a, V b, V v, Seen& seen) {
-  const Seen here = _mm512_cmp_ps_mask(a, b, _CMP_EQ_UQ) & ~seen;
+  const Seen here = _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) & ~seen;
   seen |= here;
   return _mm512_maskz_mov_ps(here, v);
 }
+SL_INLINE V where_nan(V a, V v, Seen& seen) {
+  const Seen here = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) & ~seen;
+  seen |= here;
+  return _mm512_maskz_mov_ps(here, v);
+}
+SL_INLINE bool any_nan(V a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 #elif defined(SL_ISA_AVX2)
 SL_INLINE V maximum(V a, V b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 using Seen = __m256;
 SL_INLINE Seen none() { return zero(); }
 SL_INLINE V where_first(V a, V b, V v, Seen& seen) {
-  const V here = _mm256_andnot_ps(seen, _mm256_cmp_ps(a, b, _CMP_EQ_UQ));
+  const V here = _mm256_andnot_ps(seen, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
   seen = _mm256_or_ps(seen, here);
   return _mm256_and_ps(here, v);
 }
+SL_INLINE V where_nan(V a, V v, Seen& seen) {
+  const V here = _mm256_andnot_ps(seen, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  seen = _mm256_or_ps(seen, here);
+  return _mm256_and_ps(here, v);
+}
+SL_INLINE bool any_nan(V a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
 #else
 typedef int Seen __attribute__((vector_size(16)));
 SL_INLINE V maximum(V a, V b) { return a != a ? a : (a > b ? a : b); }
 SL_INLINE Seen none() { return Seen{0, 0, 0, 0}; }
 SL_INLINE V where_first(V a, V b, V v, Seen& seen) {
-  const Seen here = ~(a < b || a > b) & ~seen;
+  const Seen here = (a == b) & ~seen;
   seen |= here;
   return here ? v : zero();
+}
+SL_INLINE V where_nan(V a, V v, Seen& seen) {
+  const Seen here = (a != a) & ~seen;
+  seen |= here;
+  return here ? v : zero();
+}
+SL_INLINE bool any_nan(V a) {
+  for (int i = 0; i < kWidth; i++) {
+    if (a[i] != a[i]) return true;
+  }
+  return false;
 }
 #endif
 
@@ -184,7 +207,7 @@ void net_max_pool(const PoolArgs& a) {
   }
 }
 
-// The gradient goes to the first largest value of a window, as in torch.
+// The gradient goes to the first largest value of a window, or to the last NaN, as in torch.
 void net_max_pool_backward(const PoolArgs& a) {
   const bool apart = a.kernel[0] <= a.stride[0] && a.kernel[1] <= a.stride[1];  // no pixel is in two windows
   const bool covers = apart && a.kernel[0] == a.stride[0] && a.kernel[1] == a.stride[1] && a.padding[0] == 0 &&
@@ -208,6 +231,15 @@ void net_max_pool_backward(const PoolArgs& a) {
             const V part = where_first(load(x + q * a.x.pixel), result, grad, seen);
             float* to = gx + q * a.gx.pixel;
             store(to, apart ? part : add(load(to), part));
+          }
+        }
+        if (!any_nan(result)) continue;
+        for (int64_t p = h.to; p-- > h.from;) {
+          const float* x = at(a.x, c, p);
+          float* gx = at(a.gx, c, p);
+          for (int64_t q = w.to; q-- > w.from;) {
+            float* to = gx + q * a.gx.pixel;
+            store(to, add(load(to), where_nan(load(x + q * a.x.pixel), grad, seen)));
           }
         }
       }
@@ -284,7 +316,7 @@ SL_INLINE void two_sums(const NormArgs& a, F pair) {
 void net_norm_sums(const NormArgs& a) {
   const V live = lanes(a.count);
   two_sums(a, [&](int64_t c, int64_t h, int64_t w, V& sum, V& squares) {
-    const V d = mul(add(load(at(a.x, c, h) + w * a.x.pixel), set1(-a.a[c])), live);
+    const V d = mul(add(load(at(a.x, c, h) + w * a.x.pixel), set1(-a.mean[c])), live);
     sum = add(sum, d);
     squares = fma(d, d, squares);
   });
@@ -295,13 +327,15 @@ void net_norm_products(const NormArgs& a) {
   two_sums(a, [&](int64_t c, int64_t h, int64_t w, V& sum, V& products) {
     const V g = mul(load(at(a.gy, c, h) + w * a.gy.pixel), live);
     sum = add(sum, g);
-    products = fma(g, add(load(at(a.x, c, h) + w * a.x.pixel), set1(-a.a[c])), products);
+    products = fma(g, add(load(at(a.x, c, h) + w * a.x.pixel), set1(-a.mean[c])), products);
   });
 }
 
+// Rounded as torch does for the same instruction set, to the bit: what a constant channel becomes (0 but for rounding,
+// where the layer's bias is 0) decides whether a ReLU behind it lets its gradient through.
 void net_norm_apply(const NormArgs& a) {
   for (int64_t c = 0; c < a.extent.channels; c++) {
-    const V scale = set1(a.a[c]), shift = set1(a.b[c]);
+    const V scale = set1(a.a[c]), shift = fma(set1(-a.mean[c]), scale, set1(a.shift[c]));
     for (int64_t h = 0; h < a.extent.height; h++) {
       const float* x = at(a.x, c, h);
       float* y = at(a.y, c, h);
@@ -316,13 +350,16 @@ void net_norm_apply(const NormArgs& a) {
 void net_norm_backward(const NormArgs& a) {
   const V live = lanes(a.count);
   for (int64_t ch = 0; ch < a.extent.channels; ch++) {
-    const V scale = set1(a.a[ch]), slope = set1(a.b != nullptr ? a.b[ch] : 0.f), shift = set1(a.c[ch]);
+    const V scale = set1(a.a[ch]), slope = set1(a.b != nullptr ? a.b[ch] : 0.f);
+    const V shift = set1(a.shift[ch]), minus = set1(-a.mean[ch]);
     for (int64_t h = 0; h < a.extent.height; h++) {
       const float *x = at(a.x, ch, h), *g = at(a.gy, ch, h);
       float* gx = at(a.gx, ch, h);
       for (int64_t w = 0; w < a.extent.width; w++) {
         V v = fma(scale, load(g + w * a.gy.pixel), shift);
-        if (a.b != nullptr) v = fma(slope, load(x + w * a.x.pixel), v);  // not 0 times an x that is inf or NaN
+        if (a.b != nullptr) {  // not 0 times an x that is inf or NaN
+          v = fma(slope, add(load(x + w * a.x.pixel), minus), v);
+        }
         store(gx + w * a.gx.pixel, mul(v, live));
       }
     }

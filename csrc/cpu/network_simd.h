@@ -40,10 +40,10 @@ struct PoolArgs {
 struct NormArgs {
   View x, y, gx, gy;
   Extent extent;
-  int64_t count;       // lanes that hold examples
-  const float *a, *b;  // [channels], see each function
-  const float* c;
-  float *sum, *other;  // [channels]
+  int64_t count;               // lanes that hold examples
+  const float* mean;           // [channels], as all of these
+  const float *a, *b, *shift;  // see each function
+  float *sum, *other;
   bool relu;
 };
 
@@ -100,26 +100,26 @@ struct ConvWeightArgs {
   float* dw;
 };
 
-#define SL_DECLARE_NETWORK(isa)                                                                           \
-  namespace isa {                                                                                         \
-  int64_t net_width();                                                                                    \
-  void net_pack(const EdgeArgs&);                                                                         \
-  void net_unpack(const EdgeArgs&);                                                                       \
-  void net_copy(View from, View to, Extent extent, bool relu);                                            \
-  void net_relu_gradient(View y, View grad, Extent extent); /* grad becomes 0 where y <= 0 */             \
-  void net_sums(View x, Extent extent, float* sum);         /* sum[channel] += over pixels and lanes */   \
-  void net_max_pool(const PoolArgs&);                                                                     \
-  void net_max_pool_backward(const PoolArgs&);                                                            \
-  void net_avg_pool(const PoolArgs&);                                                                     \
-  void net_avg_pool_backward(const PoolArgs&);                                                            \
-  void net_norm_sums(const NormArgs&);     /* sum = of x - a, other = of (x - a)^2, over `count` lanes */ \
-  void net_norm_apply(const NormArgs&);    /* y = a x + b */                                              \
-  void net_norm_products(const NormArgs&); /* sum = of gy, other = of gy (x - a) */                       \
-  void net_norm_backward(const NormArgs&); /* gx = a gy + b x + c (b null: 0), 0 in lanes >= `count` */   \
-  void net_conv_sparse(const ConvArgs&);                                                                  \
-  void net_conv_sparse_gradients(const ConvGradArgs&);                                                    \
-  void net_conv_dense(const ConvArgs&);                                                                   \
-  void net_conv_dense_weight(const ConvWeightArgs&);                                                      \
+#define SL_DECLARE_NETWORK(isa)                                                                                      \
+  namespace isa {                                                                                                    \
+  int64_t net_width();                                                                                               \
+  void net_pack(const EdgeArgs&);                                                                                    \
+  void net_unpack(const EdgeArgs&);                                                                                  \
+  void net_copy(View from, View to, Extent extent, bool relu);                                                       \
+  void net_relu_gradient(View y, View grad, Extent extent); /* grad becomes 0 where y <= 0 */                        \
+  void net_sums(View x, Extent extent, float* sum);         /* sum[channel] += over pixels and lanes */              \
+  void net_max_pool(const PoolArgs&);                                                                                \
+  void net_max_pool_backward(const PoolArgs&);                                                                       \
+  void net_avg_pool(const PoolArgs&);                                                                                \
+  void net_avg_pool_backward(const PoolArgs&);                                                                       \
+  void net_norm_sums(const NormArgs&);     /* sum = of x - mean, other = of its squares, over `count` lanes */       \
+  void net_norm_apply(const NormArgs&);    /* y = a x + (shift - a mean) */                                          \
+  void net_norm_products(const NormArgs&); /* sum = of gy, other = of gy (x - mean) */                               \
+  void net_norm_backward(const NormArgs&); /* gx = a gy + b (x - mean) + shift (b null: 0), 0 in lanes >= `count` */ \
+  void net_conv_sparse(const ConvArgs&);                                                                             \
+  void net_conv_sparse_gradients(const ConvGradArgs&);                                                               \
+  void net_conv_dense(const ConvArgs&);                                                                              \
+  void net_conv_dense_weight(const ConvWeightArgs&);                                                                 \
   }
 
 SL_DECLARE_NETWORK(portable)
