@@ -30,6 +30,8 @@ ANALYSES: dict[str, str] = {
     "reproduction": "reproduction",
     "mutual-information": "mutual_information",
     "supermask": "supermask",
+    "refill": "restructured",
+    "regroup": "restructured",
 }
 
 FOLDER = "analysis"

@@ -35,8 +35,8 @@ def run_restructured(arguments, how: str) -> tuple[int, dict]:
     say(
         arguments,
         f"{found['structure']}: {100 * found['density']:.1f} % of the weights, {100 * found['covered']:.1f} % of the old "
-        f"survivors among them: {_percent(new)} test accuracy; the unstructured ticket with {100 * old['density']:.1f} %: "
-        f"{_percent(old['test_accuracy'])}",
+        f"survivors among them ({100 * found['by_chance']:.1f} % by chance): {_percent(new)} test accuracy; the unstructured "
+        f"ticket with {100 * old['density']:.1f} %: {_percent(old['test_accuracy'])}",
     )
     say(arguments, f"ticket: {found['ticket']}")
     return 0, found

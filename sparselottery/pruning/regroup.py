@@ -71,6 +71,15 @@ class StructureReport:
         """The fraction of the original survivors that is still there."""
         return sum(layer.shared for layer in self.layers.values()) / self.before if self.before else 1.0
 
+    @property
+    def by_chance(self) -> float:
+        """The fraction that would be there if the original survivors stood anywhere in their layers."""
+        anywhere = (
+            layer.before * (layer.kept / layer.total if layer.by_chance is None else layer.by_chance)
+            for layer in self.layers.values()
+        )
+        return sum(anywhere) / self.before if self.before else 1.0
+
     def __str__(self) -> str:
         rows = [("layer", "before", "kept", "of", "covered")]
         everything = [*self.layers.items(), ("all", self)]
