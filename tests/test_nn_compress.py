@@ -116,7 +116,7 @@ def test_an_elimination_that_changes_the_function_is_not_taken(monkeypatch):
 
 
 def test_convolutional_networks_run_resident(monkeypatch):
-    prefer(monkeypatch, "resident")
+    prefer(monkeypatch, "resident", "cpu")
     layers = (
         nn.Conv2d(2, 6, 3, padding=1),
         nn.BatchNorm2d(6),

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "../bitmask.h"
 #include "network_layers.h"
 
 namespace sl::cpu {
@@ -256,10 +257,8 @@ class Conv : public Layer {
     const float* grad = weight_parameter_.grad.get();
     write(to, grad, grad, bias_parameter_.grad.get());
     if (to.weight == nullptr || words_.empty()) return;
-    for (int64_t k = 0; k < out.channels * line_; k++) {
-      const uint32_t* row = words_.data() + k / line_ * words_per_row(line_);
-      if ((row[k % line_ / kWordBits] >> (k % line_ % kWordBits) & 1) == 0) to.weight[k] = 0;
-    }
+    const int64_t sizes[2] = {out.channels, line_}, strides[2] = {line_, 1};
+    bitmask_apply(to.weight, sizeof(float), words_.data(), 2, sizes, strides);
   }
 
  private:

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "../bitmask.h"
 #include "isa.h"
 #include "network_layers.h"
 
@@ -186,15 +187,9 @@ class Linear : public Layer {
     if (to.weight != nullptr && sparse_ && !to.clean) std::memset(to.weight, 0, rows_ * columns_ * sizeof(float));
     const float* grad = weight_parameter_.grad.get();
     write(to, grad, grad, bias_parameter_.grad.get());
-    if (to.weight != nullptr && !words_.empty()) clear_dead(to.weight, words_, rows_, columns_);
-  }
-
-  static void clear_dead(float* weight, const std::vector<uint32_t>& words, int64_t rows, int64_t columns) {
-    for (int64_t i = 0; i < rows; i++) {
-      const uint32_t* row = words.data() + i * words_per_row(columns);
-      for (int64_t j = 0; j < columns; j++) {
-        if ((row[j / kWordBits] >> (j % kWordBits) & 1) == 0) weight[i * columns + j] = 0;
-      }
+    if (to.weight != nullptr && !words_.empty()) {
+      const int64_t sizes[2] = {rows_, columns_}, strides[2] = {columns_, 1};
+      bitmask_apply(to.weight, sizeof(float), words_.data(), 2, sizes, strides);
     }
   }
 

@@ -190,6 +190,9 @@ def _inputs(model, layers, args, kwargs):
 
 
 def _measure(forms, args, kwargs):
+    for form in forms.values():
+        if isinstance(form, Resident):
+            form(*args, **kwargs)  # its own way is chosen here, not in the measurement
     return dispatch.measure({name: lambda form=form: form(*args, **kwargs) for name, form in forms.items()})
 
 

@@ -102,8 +102,8 @@ def explain(model: nn.Module) -> Explanation:
     }
     residents = _in_residents(model)
     for name, module in model.named_modules():
-        if id(module) in residents and isinstance(module, (nn.Linear, nn.Conv2d)):
-            note = getattr(module, "_why_this_form", residents[id(module)])
+        if id(module) in residents and residents[id(module)] is None and isinstance(module, (nn.Linear, nn.Conv2d)):
+            note = getattr(module, "_why_this_form", "in C++ with its neighbours")
             rows.append(_plain_row(name, module, note, "cpu (resident)"))
         elif id(module) in whole and isinstance(module, nn.Linear):
             rows.append(
@@ -122,20 +122,22 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_plain_row(name, module, getattr(module, "_why_this_form", reason)))
         else:
             continue
+        notes = [rows[-1].note]
+        if residents.get(id(module)):
+            notes.append(f"not resident: {residents[id(module)]}")
         if hasattr(module, "_dead_units"):
-            note = "; ".join(filter(None, (rows[-1].note, f"dead units: {module._dead_units}")))
-            rows[-1] = replace(rows[-1], note=note)
+            notes.append(f"dead units: {module._dead_units}")
+        rows[-1] = replace(rows[-1], note="; ".join(filter(None, notes)))
     return Explanation(rows, dispatch.forced())
 
 
 def _in_residents(model):
-    """id -> what to say of each layer that runs in C++ with its neighbours."""
+    """id -> None for a layer that runs in C++ with its neighbours, else why it does not."""
     found = {}
     for network in model.modules():
         if isinstance(network, Resident):
-            modules, where = dict(network.named_modules()), network.where()
-            inside = [name for name, why in where.items() if why is None]
-            found |= {id(modules[name]): "in C++ with its neighbours" for name in inside}
+            modules = dict(network.named_modules())
+            found |= {id(modules[name]): why for name, why in network.where().items()}
     return found
 
 

@@ -11,12 +11,13 @@ from torch.autograd import forward_ad
 
 from .. import _ext
 from ..ops import dispatch
-from . import network
+from . import network, resident_choice
 from .compiled_mlp import has_global_hooks
 from .dead_units import has_hook
 from .invariant import MaskedWeight
 
 _MOST_SHAPES = 4  # of images, for which a run is kept in C++
+_MOST_CHOICES = 64  # of inputs, for which is remembered which way they go
 
 
 def resident(model: nn.Sequential) -> Resident:
@@ -25,6 +26,9 @@ def resident(model: nn.Sequential) -> Resident:
     The kernels for unstructured sparsity want the batch last. A layer alone converts its input and output; here that happens
     at the edges only. Known are Linear and Conv2d, masked or not, ReLU, MaxPool2d, AvgPool2d, BatchNorm, Flatten and, in eval
     mode, Dropout, in float32 on the CPU. Whatever else is among them runs by itself; `repr` and `sl.explain` say why.
+
+    So do layers that are faster one by one, with the kernels of their modules: measured at the first call with a batch of about
+    that size, with gradients or without, and kept (`ops.dispatch`). SPARSELOTTERY_BACKEND=cpu puts all in C++.
 
     Args:
         model: stays as it is; the new module has the same layers, Parameters and state_dict keys, so optimizers, `sl.prune`
@@ -75,12 +79,15 @@ class Resident(nn.Sequential):
         return self._parts
 
     def where(self) -> dict[str, str | None]:
-        """{name of a module: why it runs by itself, or None: in C++ with its neighbours}, as things are now."""
+        """{name of a module: why it runs by itself, or None: in C++ with its neighbours}, as things are now.
+
+        Where layers by themselves were faster, that was so in the last call.
+        """
         parts = self._current()
         if _ext.WHY_NOT is not None:
             return dict.fromkeys(parts.names, _ext.WHY_NOT)
-        refused = {i: why for run in parts.runs for why in run.refused.values() for i in range(run.first, run.last + 1)}
-        return {name: refused.get(i, parts.reasons.get(i)) for i, name in enumerate(parts.names)}
+        alone = {i: why for run in parts.runs if (why := run.why_alone()) for i in range(run.first, run.last + 1)}
+        return {name: alone.get(i, parts.reasons.get(i)) for i, name in enumerate(parts.names)}
 
     def extra_repr(self) -> str:
         alone = [f"{name} runs by itself: {why}" for name, why in self.where().items() if why]
@@ -166,12 +173,65 @@ class _Run:
         self.masked = [m for m, _ in run.layers if isinstance(m, MaskedWeight)]
         self.made: dict[tuple, network.Compiled] = {}
         self.refused: dict[tuple, str] = {}  # shape -> what C++ said
+        self.choices: dict[tuple, str] = {}
+        self.masks: list[int] | None = None  # the versions that the choices are for
+        self.alone: str | None = None  # why the last call went to the layers, where C++ would have been possible
         places = [(m, name) for m, _ in run.layers for name in ("weight", "bias")]
         self.parameters = [m._parameters[name] for m, name in places if m._parameters.get(name) is not None]
         self.trains = any(p.requires_grad for p in self.parameters)
 
     def __call__(self, x: Tensor) -> Tensor:
-        compiled = self.compiled(x)
+        shape = self.shape(x)
+        if shape is None or self.choice(x, shape) == resident_choice.LAYERS:
+            return self.layers(x)
+        return self.in_cpp(x, shape)
+
+    def shape(self, x) -> tuple[int, int, int] | None:
+        """Of an example of `x` as C++ takes it; None where the layers have to run."""
+        if self.run.takes == "image":
+            shape = tuple(x.shape[1:]) if x.ndim == 4 else None
+        elif self.run.takes == "features":
+            shape = (x.shape[1], 1, 1) if x.ndim == 2 else None
+        else:
+            shape = (math.prod(x.shape[1:]), 1, 1)
+        if shape in self.refused or (self.run.training and len(x) == 1):  # a variance of one: torch objects
+            return None
+        return shape if all(layer._premasked() for layer in self.masked) else None  # else lent by functional_call
+
+    def choice(self, x, shape) -> str:
+        masks = [m.weight_mask._version for m in self.masked]
+        if masks != self.masks or len(self.choices) == _MOST_CHOICES:
+            self.masks, self.choices = masks, {}
+        asked = (tuple(x.shape), torch.is_grad_enabled(), x.requires_grad, dispatch.state())
+        found = self.choices.get(asked)
+        if found is None:
+            found = resident_choice.choose(self.run, x, shape, lambda: self.candidates(x))
+            self.choices[asked] = found
+        self.alone = None
+        if found == resident_choice.LAYERS:
+            passes = "forward and backward" if resident_choice.gradients(self.run, x) else "forward"
+            self.alone = f"the layers by themselves are faster ({passes}, batch {len(x)})"
+        return found
+
+    def candidates(self, x):
+        modules = resident_choice.copies(self.modules)
+        (run,), _ = network.plan(modules)
+        copied = _Run(run, modules)
+        found = resident_choice.candidates(modules, x, lambda x: copied.in_cpp(x, copied.shape(x)), copied.layers)
+        self.refused |= copied.refused
+        return found
+
+    def why_alone(self) -> str | None:
+        """Why the layers run by themselves, as far as calls so far tell."""
+        return next(iter(self.refused.values()), self.alone)
+
+    def layers(self, x: Tensor) -> Tensor:
+        for module in self.modules:
+            x = module(x)
+        return x
+
+    def in_cpp(self, x: Tensor, shape) -> Tensor:
+        compiled = self.compiled(shape)
         if compiled is None:
             return self.layers(x)
         if torch.is_grad_enabled() and (x.requires_grad or self.trains):
@@ -182,25 +242,8 @@ class _Run:
             compiled.take_statistics()
         return y
 
-    def layers(self, x: Tensor) -> Tensor:
-        for module in self.modules:
-            x = module(x)
-        return x
-
-    def compiled(self, x) -> network.Compiled | None:
-        """What C++ has for inputs like `x`, brought up to date; None where the layers themselves have to run."""
-        if self.run.takes == "image":
-            shape = tuple(x.shape[1:]) if x.ndim == 4 else None
-        elif self.run.takes == "features":
-            shape = (x.shape[1], 1, 1) if x.ndim == 2 else None
-        else:
-            shape = (math.prod(x.shape[1:]), 1, 1)
-        if (
-            shape is None or shape in self.refused or (self.run.training and len(x) == 1)
-        ):  # a variance of one: torch objects
-            return None
-        if any(not layer._premasked() for layer in self.masked):  # lent by functional_call
-            return None
+    def compiled(self, shape) -> network.Compiled | None:
+        """What C++ has for inputs of this shape, brought up to date; None where the layers themselves have to run."""
         found = self.made.get(shape)
         if found is not None:
             found.refresh()

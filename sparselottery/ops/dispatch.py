@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from pathlib import Path
 
 import torch
@@ -119,6 +119,18 @@ def lookup(op: str, key: Hashable | None) -> str | None:
         return None
     known = _decisions.get(op)
     return known.get(key) if known is not None else None
+
+
+def recall(op: str, key: Hashable, names: Collection[str]) -> str | None:
+    """What `choose` would answer from memory or this machine's file; None where it would measure, or ask somebody else.
+
+    For ops whose candidates cost something to make. `names`: of the candidates that are measured.
+    """
+    if forced() or _reproducible:
+        return None
+    with _lock:
+        _load()
+        return _decisions.setdefault(op, {}).get(key) or _recall(op, key, names)
 
 
 def state() -> tuple:
