@@ -15,6 +15,7 @@
 #include "bitmask.h"
 #include "common.h"
 #include "cpu/isa.h"
+#include "decode_cpu.h"
 #include "decode_linear.h"
 #include "global_topk.h"
 #include "masked_conv2d.h"
@@ -31,6 +32,17 @@ namespace {
 template <class T>
 T* as(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+sl::CpuDecodeWeight cpu_decode_weight(int format, int64_t rows, int64_t columns, uintptr_t starts, uintptr_t codes,
+                                      uintptr_t values, int dtype) {
+  return {static_cast<sl::CpuFormat>(format),
+          rows,
+          columns,
+          as<const int32_t>(starts),
+          as<const uint8_t>(codes),
+          as<const void>(values),
+          static_cast<sl::DType>(dtype)};
 }
 
 // decode_linear: format, rows, columns, units, starts, codes, values.
@@ -205,6 +217,31 @@ PYBIND11_MODULE(_C, m) {
                                   strides.data(), as<void>(stream));
         });
 #endif
+
+  // decode_cpu
+  m.def("cpu_decode_cpu_slices", [](int format, int64_t rows, int64_t columns) {
+    return sl::cpu::decode_cpu_slices(static_cast<sl::CpuFormat>(format), rows, columns);
+  });
+  m.def("cpu_decode_cpu_layout", [](int format, uintptr_t words, int64_t rows, int64_t columns, uintptr_t starts) {
+    py::gil_scoped_release release;
+    int64_t codes = 0, values = 0;
+    sl::cpu::decode_cpu_layout(static_cast<sl::CpuFormat>(format), as<const uint32_t>(words), rows, columns,
+                               as<int32_t>(starts), &codes, &values);
+    return std::make_pair(codes, values);
+  });
+  m.def("cpu_decode_cpu_pack", [](int format, int64_t rows, int64_t columns, int dtype, uintptr_t dense,
+                                  uintptr_t words, uintptr_t starts, uintptr_t codes, uintptr_t values) {
+    py::gil_scoped_release release;
+    const auto weight = cpu_decode_weight(format, rows, columns, starts, codes, values, dtype);
+    sl::cpu::decode_cpu_pack(weight, as<const void>(dense), as<const uint32_t>(words), as<uint8_t>(codes),
+                             as<void>(values));
+  });
+  m.def("cpu_decode_cpu", [](int format, int64_t rows, int64_t columns, int dtype, uintptr_t starts, uintptr_t codes,
+                             uintptr_t values, uintptr_t x, uintptr_t bias, uintptr_t y, int64_t batch) {
+    const auto weight = cpu_decode_weight(format, rows, columns, starts, codes, values, dtype);
+    py::gil_scoped_release release;
+    sl::cpu::decode_cpu(weight, as<const float>(x), as<const float>(bias), as<float>(y), batch);
+  });
 
   // decode_linear
   m.def("cpu_decode_linear_layout", [](int format, uintptr_t words, int64_t rows, int64_t columns, uintptr_t starts) {

@@ -131,6 +131,8 @@ def test_decode_kernels_are_candidates_where_they_run(monkeypatch):
 
     cases = [case for case in SMALL if case.op == "linear" and case.dtype != "float32"]
     monkeypatch.setattr(decode_linear, "why_dense", lambda *_: None)
+    candidates = decode_linear.candidates
+    monkeypatch.setattr(decode_linear, "candidates", lambda *arguments: candidates(*arguments[:4], "cuda"))
 
     def dense(x, starts, codes, values, bias, *shape):
         return F.linear(x, decode_linear._unpack(starts, codes, values, *shape), bias)
@@ -142,6 +144,17 @@ def test_decode_kernels_are_candidates_where_they_run(monkeypatch):
         parities = verify.verify(work)
         assert all(p.ok for p in parities.values()), parities
         assert all(f"decode {n}" in parities and work.candidates[f"decode {n}"].ours for n in names)
+
+
+def test_packed_forms_are_candidates_on_a_cpu():
+    """Forward, small batches, float32 and bfloat16; test_every_kind_of_case_passes_its_parity_gate compares them."""
+    for case in SMALL:
+        if case.op == "linear" and not case.structure:
+            expected = {"decode slots", "decode bitmask"} if case.direction == "forward" and case.batch <= 16 else set()
+            expected = expected if case.dtype != "float16" else set()
+            work = case.prepare()
+            assert {name for name in work.candidates if name.startswith("decode")} == expected
+            assert all(work.candidates[name].ours for name in expected)
 
 
 def test_same_seed_same_inputs():

@@ -23,6 +23,7 @@ FOLDER = ROOT / "build" / "sanitize"
 # Of each op's tests those that reach every line and every edge of its kernels, to be done in two minutes.
 TESTS = {
     "bitmask": ("any_shape", "apply_to_any_strides", "packing_a_strided_mask"),
+    "decode_cpu": ("round_trip", "parity_property", "any_number_of_threads_gives_the_same_bits"),
     "decode_linear": ("round_trip",),
     "global_topk": ("small_lists", "weights_that_are_only_element_aligned"),
     "masked_conv2d": ("any_convolution", "special_masks"),

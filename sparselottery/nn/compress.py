@@ -29,8 +29,8 @@ def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Mo
     kernels dispatch chooses one for the batch) and
 
     - where its mask is 2:4 and the GPU has it, in torch's semi-structured form (`semi_structured`);
-    - linear layers in float16 or bfloat16 on a GPU with up to 128 rows of input: packed for decoding
-      (`decode.DecodeLinear`) in each format that reads fewer bytes than the dense weight.
+    - linear layers in float16 or bfloat16 on a GPU with up to 128 rows of input, in float32 or bfloat16 on a CPU with up to
+      16: packed for decoding (`decode.DecodeLinear`) in each format that may be faster than the dense weight.
 
     On a CPU each nn.Sequential is also tried as a whole in C++: resident (`resident.resident`), and one of linear layers and
     ReLU as a `compiled_mlp.CompiledMLP`. The model is timed at the end: unless a form of it beats the plain model, dead units
@@ -232,14 +232,17 @@ def _decode_forms(layer, plain, args, kwargs):
     x = _first(args, kwargs)
     if not (transposed or isinstance(plain, nn.Linear)) or not isinstance(x, Tensor) or x.dtype != layer.weight.dtype:
         return {}, None
-    if x.dtype not in decode_linear.DTYPES or dispatch.forced() not in (None, "cuda"):
+    device = layer.weight.device.type
+    if dispatch.forced() not in (None, device):
         return {}, None
     weight = plain.weight.t() if transposed else plain.weight
     rows, columns = weight.shape
     density = layer.density
     batch = x.numel() // columns if columns else 0
     forms, reason = {}, None
-    for name in decode_linear.candidates(rows, columns, density, batch):
+    for name in decode_linear.candidates(rows, columns, density, batch, device):
+        if x.dtype not in decode_linear.dtypes(name):
+            continue
         why = decode_linear.why_dense(weight.device, name, columns)
         reason = reason or why
         if why is None:

@@ -15,6 +15,7 @@ from .. import masks
 from ..masks import Mask
 from ..ops import packed
 from .conv import MaskedConv2d
+from .decode import DecodeLinear, to_linear
 from .invariant import MaskedWeight
 from .linear import MaskedConv1D, MaskedLinear, is_transposed_linear
 from .packed import PackedConv1D, PackedConv2d, PackedLinear, PackedWeight, rename, replace_data
@@ -85,8 +86,8 @@ def left_dense(model: nn.Module, *, exclude: Exclude = ()) -> dict[str, str]:
 def densify(model: nn.Module) -> nn.Module:
     """Turn the masked and packed layers of a model back into the plain layers they were, in place, with zeros where they were.
 
-    Parameters stay the same objects; the buffers "<name>.weight_mask" go. Nothing keeps the zeros from here on. Returns
-    `model`.
+    Parameters stay the same objects; the buffers "<name>.weight_mask" go. Nothing keeps the zeros from here on. What
+    `compress` packed for decoding becomes an `nn.Linear` with a new weight. Returns `model`.
 
     Raises:
         TypeError: `model` is not a module.
@@ -102,6 +103,8 @@ def densify(model: nn.Module) -> nn.Module:
     unpack(model)
     for layer in [module for module in model.modules() if isinstance(module, MaskedWeight)]:
         to_plain(layer)
+    for layer in [module for module in model.modules() if isinstance(module, DecodeLinear)]:
+        to_linear(layer)
     return model
 
 

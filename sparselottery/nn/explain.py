@@ -178,7 +178,9 @@ def _decode_row(name, layer):
     arguments = (name, type(layer).__name__, shape, layer.density)
     if reason is not None:
         return LayerRow(*arguments, "dense", f"unpacked for each call: {reason}")
-    return LayerRow(*arguments, f"cuda ({layer.format})", layer._why_this_form or "packed for decoding")
+    return LayerRow(
+        *arguments, f"{layer.values.device.type} ({layer.format})", layer._why_this_form or "packed for decoding"
+    )
 
 
 def _masked_row(name, layer, measured):

@@ -8,7 +8,8 @@ At batch 1 to 128 a layer takes as long as reading its weight takes, so what is 
 - tiles: position in a 16 x 16 tile, 3 bytes, multiplied on the tensor cores: batches that the others read twice for.
 
 The kernels are CUDA C++ for compute capability 8.0 and later. Elsewhere, and for larger batches, the op unpacks the
-weight and is a dense layer; `why_dense` says why.
+weight and is a dense layer; `why_dense` says why. A CPU has formats of its own, decode_cpu.py, for which this is the
+entrance too.
 """
 
 import dataclasses
@@ -20,11 +21,12 @@ from torch.nn import functional as F
 
 from .. import _ext
 from .._ext import DTYPE_CODES, extension
-from . import bitmask
-from .library import LIBRARY
+from . import bitmask, decode_cpu
+from .library import LIBRARY, transformed
 
 FORMATS = {"gap4": 4, "gap8": 8, "tiles": 16}  # sl::DecodeFormat in csrc/decode_linear.h
 MAX_BATCH = 128  # beyond, the time is no longer that of reading the weight
+CODES = FORMATS | decode_cpu.FORMATS  # of every format
 DTYPES = (torch.float16, torch.bfloat16)
 _GROUP, _UNIT, _SIDE, _STEP = 8, 4, 16, 64
 _CODE_BYTES = {"gap4": 4, "gap8": 8, "tiles": 4}  # of a group or unit
@@ -37,12 +39,12 @@ LIBRARY.define(
 
 @dataclasses.dataclass(frozen=True)
 class DecodeWeight:
-    """A weight `[rows, columns]` in one of FORMATS.
+    """A weight `[rows, columns]` in one of the formats of CODES.
 
     Attributes:
-        starts: int32 `[rows + 1]`, or `[steps, 2]` for tiles.
+        starts: int32 `[rows + 1]`, or `[steps, 2]` for tiles; a CPU's: csrc/decode_cpu.h.
         codes: uint8, where the values belong.
-        values: the survivors and what pads them, float16 or bfloat16.
+        values: the survivors and what pads them, in one of `dtypes(format)`.
     """
 
     format: str
@@ -58,24 +60,30 @@ class DecodeWeight:
         return sum(t.numel() * t.element_size() for t in (self.starts, self.codes, self.values))
 
 
+def dtypes(format: str) -> tuple[torch.dtype, ...]:
+    """The dtypes that values of a format may have."""
+    return decode_cpu.DTYPES if format in decode_cpu.FORMATS else DTYPES
+
+
 def pack(weight: Tensor, words: Tensor, format: str) -> DecodeWeight:
     """Pack the survivors of a weight; done on the CPU, the result lies where the weight does.
 
     Args:
-        weight: `[rows, columns]`, float16 or bfloat16. What lies off the mask is ignored.
+        weight: `[rows, columns]`, in one of `dtypes(format)`. What lies off the mask is ignored.
         words: its mask, int32 `[rows, ceil(columns / 32)]`.
-        format: a key of FORMATS.
+        format: a key of CODES.
 
     Raises:
         TypeError, ValueError: not a tensor; another dtype, shape or format; more entries than an int32 counts.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if format not in CODES:
+        raise ValueError(f"format: expected one of {', '.join(CODES)}, got {format!r}")
     for name, t in (("weight", weight), ("words", words)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"weight: expected float16 or bfloat16, got {weight.dtype}")
+    if weight.dtype not in dtypes(format):
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes(format))
+        raise TypeError(f"weight: expected {expected}, got {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [rows, columns], got {list(weight.shape)}")
     if words.dtype != torch.int32 or tuple(words.shape) != bitmask.words_shape(weight.shape):
@@ -83,6 +91,9 @@ def pack(weight: Tensor, words: Tensor, format: str) -> DecodeWeight:
         raise ValueError(f"words: expected int32 {expected}, got {words.dtype} {list(words.shape)}")
     rows, columns = weight.shape
     dense, mask = weight.detach().cpu().contiguous(), words.cpu().contiguous()
+    if format in decode_cpu.FORMATS:
+        tensors = decode_cpu.pack(dense, mask, format)
+        return DecodeWeight(format, rows, columns, *(t.to(weight.device) for t in tensors))
     steps = -(-rows // _SIDE) * -(-columns // _STEP)
     starts = torch.empty((steps, 2) if format == "tiles" else (rows + 1,), dtype=torch.int32)
     library, code = extension(), FORMATS[format]
@@ -104,7 +115,7 @@ def pack(weight: Tensor, words: Tensor, format: str) -> DecodeWeight:
 
 def unpack(packed: DecodeWeight) -> Tensor:
     """The dense weight `[rows, columns]`, bit for bit, +0 off the mask. Plain torch, on the device of the packed one."""
-    return _unpack(packed.starts, packed.codes, packed.values, FORMATS[packed.format], packed.rows, packed.columns)
+    return _unpack(packed.starts, packed.codes, packed.values, CODES[packed.format], packed.rows, packed.columns)
 
 
 def predicted_bytes(format: str, rows: int, columns: int, density: float) -> float:
@@ -124,12 +135,14 @@ def predicted_bytes(format: str, rows: int, columns: int, density: float) -> flo
     return (2 + _CODE_BYTES[format] / _GROUP) * (entries + (_GROUP - 1) / 2 * filled * rows) + 4 * rows
 
 
-def candidates(rows: int, columns: int, density: float, batch: int) -> list[str]:
-    """The formats worth measuring, fewest predicted bytes first: those that beat dense on bytes.
+def candidates(rows: int, columns: int, density: float, batch: int, device: str = "cuda") -> list[str]:
+    """The formats worth measuring on a type of device; on a GPU fewest predicted bytes first, those that beat dense on bytes.
 
-    A gap kernel takes 8 rows of x at a time, so beyond a few times that the tensor cores' format is alone; below 8 rows
+    There a gap kernel takes 8 rows of x at a time, so beyond a few times that the tensor cores' format is alone; below 8 rows
     these would multiply mostly zeros. The bounds are predictions: nothing here has been measured on a GPU yet.
     """
+    if device == "cpu":
+        return decode_cpu.candidates(rows, columns, density, batch)
     if not 1 <= batch <= MAX_BATCH:
         return []
     possible = [name for name in FORMATS if (batch >= 8 if name == "tiles" else batch <= 32)]
@@ -171,15 +184,18 @@ def decode_linear(x: Tensor, packed: DecodeWeight, bias: Tensor | None = None) -
             raise ValueError(
                 f"{name}: expected {expected} for weight {[packed.rows, packed.columns]}, got {list(t.shape)}"
             )
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    wants_gradient = x.requires_grad or (bias is not None and bias.requires_grad)
+    if transformed() or (torch.is_grad_enabled() and wants_gradient):
         return F.linear(x, unpack(packed), bias)
     return torch.ops.sparselottery.decode_linear(
-        x, packed.starts, packed.codes, values, bias, FORMATS[packed.format], packed.rows, packed.columns
+        x, packed.starts, packed.codes, values, bias, CODES[packed.format], packed.rows, packed.columns
     )
 
 
 def why_dense(device: torch.device, format: str, columns: int) -> str | None:
     """Why a layer on `device` is computed from an unpacked weight; None: its kernel runs there."""
+    if format in decode_cpu.FORMATS:
+        return decode_cpu.why_dense(device, format)
     if device.type != "cuda":
         return f"the decode kernels need a CUDA device, the weight is on {device.type}"
     reason = _why_not(device)
@@ -211,10 +227,13 @@ def _max_columns(device):
 
 
 def _decode(x, starts, codes, values, bias, format, rows, columns):
-    name = next(n for n, code in FORMATS.items() if code == format)
+    name = next(n for n, code in CODES.items() if code == format)
     batch = x.numel() // max(columns, 1)
-    if columns == 0 or batch > MAX_BATCH or why_dense(x.device, name, columns) is not None:
+    on_cpu = name in decode_cpu.FORMATS
+    if columns == 0 or (batch > MAX_BATCH and not on_cpu) or why_dense(x.device, name, columns) is not None:
         return F.linear(x, _unpack(starts, codes, values, format, rows, columns), bias)
+    if on_cpu:
+        return decode_cpu.run(x, starts, codes, values, bias, format, rows, columns)
     return _cuda(x, starts, codes, values, bias, format, rows, columns)
 
 
@@ -260,6 +279,9 @@ def _(x, starts, codes, values, bias, format, rows, columns):
 
 
 def _unpack(starts, codes, values, format, rows, columns):
+    for name, code in decode_cpu.FORMATS.items():
+        if code == format:
+            return decode_cpu.unpack(starts, codes, values, name, rows, columns)
     locate = _tile_places if format == FORMATS["tiles"] else _gap_places
     row, column = locate(starts, codes, format, rows, columns)
     # Fillers and padding are zeros in places where there is no survivor, or outside.
