@@ -79,6 +79,18 @@ def test_one_shot_asks_these_before_training(criterion):
         assert torch.equal(done.ticket(level).initial["0.weight"], make_model(0)[0].weight)
 
 
+@pytest.mark.parametrize("loss", [None, nn.MSELoss()])
+def test_what_asks_gradients_asks_the_loss_of_the_training(loss):
+    """Of which cross-entropy is none of its own: grasp takes it at a temperature."""
+
+    def fit(model, *, seed, budget):
+        return {"test_accuracy": 0.5}
+
+    assert masking.loss_of(fit) == {}
+    fit.trainer = trainer() if loss is None else trainer(loss=loss)
+    assert masking.loss_of(fit) == ({} if loss is None else {"loss": loss})
+
+
 def test_imp_asks_these_of_trained_weights():
     fit = trainer()
     done = sl.imp(make_model, fit, rounds=1, rate=0.5, criterion="snip", scope="global", **ONE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,19 +152,21 @@ def _command(run, name, settings: Settings, data_root) -> str:
 # ---- one class for each: which networks it needs, what its numbers depend on, the numbers ----
 
 
-class _Runner:
+class _Runner(ABC):
     def __init__(self, networks: Networks, level: int, settings: Settings):
         self.run, self.level, self.asked = networks, level, settings
 
+    @abstractmethod
     def networks(self) -> list[Network]:
         """Those to train. Raises Inapplicable where the run has not what it takes."""
-        raise NotImplementedError
 
     def settings(self) -> dict:
+        """What the numbers depend on besides the tickets."""
         return {}
 
+    @abstractmethod
     def numbers(self, about: dict, tell: Callable[[str], None]) -> dict:
-        raise NotImplementedError
+        """What is kept, from networks that are trained by now."""
 
 
 class _WeightMotion(_Runner):

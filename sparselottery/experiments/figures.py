@@ -359,7 +359,7 @@ RESNET18 = _deep(
     short_warmup="100it", drops=("400it", "500it"),
 )  # fmt: skip
 VGG19 = _deep(
-    "VGG-19", "vgg19", 0.1, smoke="8it", smoke_batch=32, learned=None, short="300it", short_batch=32,
+    "VGG-19", "vgg19", 0.1, smoke="6it", smoke_batch=16, learned=None, short="300it", short_batch=32,
     short_warmup="60it", drops=("200it", "250it"),
 )  # fmt: skip
 

@@ -119,11 +119,13 @@ def _evidence(plan, seed, level, initial) -> dict:
         return {"generator": torch.Generator().manual_seed(controls.derived_seed("criterion", seed, level))}
     if not criteria.needs_batch(criterion):
         return {}
-    trainer = trainer_of(plan.fit)
-    return {
-        "batch": examples(trainer, seed) if plan.batch is None else plan.batch,
-        "loss": None if trainer is None or trainer.loss is F.cross_entropy else trainer.loss,
-    }
+    return {"batch": examples(trainer_of(plan.fit), seed) if plan.batch is None else plan.batch, **loss_of(plan.fit)}
+
+
+def loss_of(fit: Callable) -> dict:
+    """The `loss` that snip and grasp are to ask, as an argument of `prune`; none where theirs is that of the training."""
+    trainer = trainer_of(fit)
+    return {} if trainer is None or trainer.loss is F.cross_entropy else {"loss": trainer.loss}
 
 
 def digest_of(batch: Sequence[Tensor]) -> str:

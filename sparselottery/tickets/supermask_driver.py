@@ -249,8 +249,7 @@ def _drawn(plan: Plan, job: Job, density: float) -> dict:
         return {"generator": torch.Generator().manual_seed(controls.derived_seed("criterion", job.seed, density))}
     if not criteria.needs_batch(plan.criterion):
         return {}
-    trainer = masking.trainer_of(plan.fit)
-    return {"batch": masking.examples(trainer, job.seed), "loss": trainer.loss}
+    return {"batch": masking.examples(masking.trainer_of(plan.fit), job.seed), **masking.loss_of(plan.fit)}
 
 
 def _fit(fit: Callable, model: nn.Module, seed: int, **options) -> History:
