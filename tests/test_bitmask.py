@@ -141,6 +141,8 @@ W = torch.zeros(3, 2, dtype=torch.int32)
         (lambda: bitmask.pack(torch.ones(3)), TypeError, "dense: expected torch.bool"),
         (lambda: bitmask.pack([True]), TypeError, "dense: expected a tensor, got list"),
         (lambda: bitmask.unpack(W, (3, 65)), ValueError, r"words: expected int32 \[3, 3\] for shape \[3, 65\]"),
+        (lambda: bitmask.unpack(W, 3), TypeError, "shape: expected sizes, got int"),
+        (lambda: bitmask.unpack(W, (3, "a")), TypeError, "shape: expected sizes, got 'a'"),
         (lambda: bitmask.unpack(W.long(), (3, 64)), TypeError, "words: expected int32 words, got torch.int64"),
         (lambda: bitmask.count(W.float()), TypeError, "words: expected int32"),
         (lambda: bitmask.hamming(W, W[:2]), ValueError, r"b: expected \[3, 2\] like a, got \[2, 2\]"),

@@ -103,6 +103,8 @@ def test_without_its_kernels_the_op_is_a_dense_layer(format):
 
 def test_wrong_inputs_are_named():
     weight, mask = layer(6, 9, 0.5)
+    with pytest.raises(ValueError, match="format: expected one of gap4, gap8"):
+        op.pack(weight, bitmask.pack(mask), ["gap4"])
     packed = op.pack(weight, bitmask.pack(mask), "gap4")
     x = torch.randn(2, 9).bfloat16()
     for arguments, kind, says in [

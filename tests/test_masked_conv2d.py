@@ -457,6 +457,20 @@ def test_bad_input_names_the_argument(change, error, says):
         masked_conv2d(**arguments)
 
 
+@pytest.mark.parametrize("stride", [9, (3, 10**6), 2**40])
+def test_strides_beyond_the_image(monkeypatch, stride):
+    """One output, whatever the stride: nothing is counted in strides then."""
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", "cpu")
+    (x, w, words, b), _, _ = sample("3x3")
+    x, w, b = (t.detach().float().requires_grad_() for t in (x, w, b))
+    y = masked_conv2d(x, w, words, b, stride, padding=1)
+    got = torch.autograd.grad(y.sum(), (x, w, b))
+    near = tuple(min(s, 9) for s in (stride if isinstance(stride, tuple) else (stride, stride)))
+    expected = reference.masked_conv2d(x, w, words, b, near, (1, 1), (1, 1), 1)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(got, torch.autograd.grad(expected.sum(), (x, w, b)))
+
+
 def test_masks_of_one_density_differ_in_their_live_tiles():
     weight = torch.empty(128, 64, 3, 3)
     blocks = torch.zeros(weight.shape, dtype=torch.bool)

@@ -214,6 +214,8 @@ def test_autocast_follows_linear():
         ({"weight": torch.ones(6, 9, device="meta")}, ValueError, "weight: expected device cpu"),
         ({"x": [1, 2]}, TypeError, "x: expected a tensor, got list"),
         ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
+        ({"weight": torch.ones(6, 9).to_sparse()}, ValueError, "weight: expected a dense tensor, got layout"),
+        ({"x": torch.ones(2, 9).to_sparse()}, ValueError, "x: expected a dense tensor, got layout"),
         ({"words": 3}, TypeError, "words: expected a tensor, got int"),
         ({"bias": 0.5}, TypeError, "bias: expected a tensor, got float"),
         ({"activation": "gelu"}, ValueError, 'activation: expected None or "relu"'),

@@ -295,8 +295,13 @@ ONE = torch.ones(6, 9)
         (
             {"params": [torch.ones(6, 9, dtype=torch.int64)]},
             TypeError,
-            r"params\[0\]: expected a floating-point tensor",
+            r"params\[0\]: expected a dense floating-point tensor",
         ),
+        ({"params": [ONE.to_sparse()]}, TypeError, r"params\[0\]: expected a dense .* \(torch.sparse_coo\)"),
+        ({"params": None}, TypeError, "params: expected a list of tensors, got NoneType"),
+        ({"grads": None}, TypeError, "grads: expected a list of tensors, got NoneType"),
+        ({"exp_avg_sqs": ONE}, TypeError, "exp_avg_sqs: expected a list of tensors, got Tensor"),
+        ({"words": 3}, TypeError, "words: expected a list of tensors, got int"),
         ({"grads": []}, ValueError, "grads: expected 1 tensors like params, got 0"),
         (
             {"grads": [torch.ones(6, 8)]},

@@ -116,6 +116,13 @@ def test_a_count_that_does_not_fit_is_an_error():
         (lambda v, d, w: packed_linear(d.double(), v, w, None, (9, 40)), TypeError, "values: expected torch.float64"),
         (lambda v, d, w: packed_linear(d, v, w, d[0], (9, 40)), ValueError, r"bias: expected \[9\]"),
         (lambda v, d, w: packed_linear([1], v, w, None, (9, 40)), TypeError, "x: expected a tensor"),
+        (lambda v, d, w: packed_linear(d.to_sparse(), v, w, None, (9, 40)), ValueError, "x: expected a dense tensor, got"),
+        (lambda v, d, w: packed_linear(d, v, w, None, 9), TypeError, "shape: expected sizes, got int"),
+        (lambda v, d, w: packed_linear(d, v, w, None, (9.0, 40.0)), TypeError, "shape: expected sizes, got 9.0"),
+        (lambda v, d, w: packed.expand(v, w, None), TypeError, "shape: expected sizes, got NoneType"),
+        (lambda v, d, w: packed.gather(d.to_sparse(), w), ValueError, "dense: expected a dense tensor, got layout"),
+        (lambda v, d, w: packed.gather(d, w, -1), ValueError, "count: expected at least 0, got -1"),
+        (lambda v, d, w: packed.gather(d, w, 2.0), TypeError, "count: expected an int or None, got float"),
         (lambda v, d, w: packed_conv2d(d, v, w, None, (9, 10, 2, 2)), ValueError, r"x: expected \[N, 10, H, W\]"),
     ],
 )  # fmt: skip

@@ -70,6 +70,7 @@ struct Grid : ConvAxis {
   int64_t output, reach, extent, pitch;
 
   explicit Grid(const ConvAxis& axis) : ConvAxis(axis) {
+    stride = std::min(stride, input + 2 * padding);  // beyond there is one output whatever it is; phases are counted
     output = (input + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
     reach = dilation * (kernel - 1) / stride;
     extent = output + reach;

@@ -39,10 +39,11 @@ def unpack(words: Tensor, shape) -> Tensor:
     """int32 words -> bool of `shape`.
 
     Raises:
-        TypeError, ValueError: `words` are not the words of a tensor of `shape`.
+        TypeError, ValueError: `words` are not the words of a tensor of `shape`, or that is none.
     """
+    shape = check_shape(shape)
     check_words(words, shape)
-    return torch.ops.sparselottery.bitmask_unpack(words, list(shape))
+    return torch.ops.sparselottery.bitmask_unpack(words, shape)
 
 
 def count(words: Tensor) -> int:
@@ -106,6 +107,18 @@ def full_words(shape, value: bool, device=None) -> Tensor:
     if value and tail:
         words[:, -1] = (1 << tail) - 1
     return words
+
+
+def check_shape(shape) -> tuple[int, ...]:
+    """A shape as a tuple of sizes; a TypeError that names the argument where it is something else."""
+    try:
+        shape = tuple(shape)
+    except TypeError:
+        raise TypeError(f"shape: expected sizes, got {type(shape).__name__}") from None
+    for size in shape:
+        if not hasattr(size, "__index__"):  # numpy's integers too, and sizes that torch.compile has not fixed
+            raise TypeError(f"shape: expected sizes, got {size!r}")
+    return shape
 
 
 def check_words(words: Tensor, shape, name: str = "words") -> None:

@@ -76,7 +76,7 @@ def pack(weight: Tensor, words: Tensor, format: str) -> DecodeWeight:
     Raises:
         TypeError, ValueError: not a tensor; another dtype, shape or format; more entries than an int32 counts.
     """
-    if format not in CODES:
+    if not isinstance(format, str) or format not in CODES:
         raise ValueError(f"format: expected one of {', '.join(CODES)}, got {format!r}")
     for name, t in (("weight", weight), ("words", words)):
         if not isinstance(t, Tensor):

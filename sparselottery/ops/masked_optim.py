@@ -61,8 +61,8 @@ def masked_sgd_(
     Raises:
         TypeError, ValueError: lists or tensors that do not fit; the message names the argument.
     """
+    check(params, {"grads": grads} | ({"momentum_buffers": momentum_buffers} if momentum else {}), words)
     count = len(params)
-    check(params, {"grads": grads, "momentum_buffers": momentum_buffers if momentum else None}, words)
     torch.ops.sparselottery.masked_sgd_(
         params, grads, momentum_buffers if momentum else [], words, lr, momentum, dampening, weight_decay, nesterov,
         maximize, _each("first", first, count), _each("clean", clean, count),
@@ -100,9 +100,10 @@ def masked_adam_(
     Raises:
         TypeError, ValueError: lists or tensors that do not fit; the message names the argument.
     """
-    count = len(params)
-    state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs or None}
+    state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    state |= {"max_exp_avg_sqs": max_exp_avg_sqs} if max_exp_avg_sqs else {}
     check(params, {"grads": grads} | state, words)
+    count = len(params)
     steps = _each("step", step, count)
     if any(s < 1 for s in steps):
         raise ValueError(f"step: expected numbers from 1, got {min(steps)}")
@@ -121,14 +122,15 @@ def _each(name, value, count):
 
 
 def check(params, like_params, words) -> None:
-    """Raise TypeError or ValueError unless each list of tensors of `like_params` {name: list or None} fits `params`."""
+    """Raise TypeError or ValueError unless each list of tensors of `like_params` {name: list} fits `params`."""
+    for name, tensors in (("params", params), *like_params.items(), ("words", words)):
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
     for i, p in enumerate(params):
-        if not isinstance(p, Tensor) or not p.is_floating_point():
-            got = p.dtype if isinstance(p, Tensor) else type(p).__name__
-            raise TypeError(f"params[{i}]: expected a floating-point tensor, got {got}")
+        if not isinstance(p, Tensor) or not p.is_floating_point() or p.layout != torch.strided:
+            got = f"{p.dtype} ({p.layout})" if isinstance(p, Tensor) else type(p).__name__
+            raise TypeError(f"params[{i}]: expected a dense floating-point tensor, got {got}")
     for name, tensors in like_params.items():
-        if tensors is None:
-            continue
         if len(tensors) != len(params):
             raise ValueError(f"{name}: expected {len(params)} tensors like params, got {len(tensors)}")
         for i, (p, t) in enumerate(zip(params, tensors, strict=True)):

@@ -191,12 +191,13 @@ def expand(values: Tensor, words: Tensor, shape) -> Tensor:
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    shape = bitmask.check_shape(shape)
     check_values(values, words, shape)
     if transformed():
         return plain_expand(values, words, shape)
     if torch.is_grad_enabled() and values.requires_grad:
-        return _Expand.apply(values, words, tuple(shape))
-    return torch.ops.sparselottery.packed_expand(values, words, list(shape))
+        return _Expand.apply(values, words, shape)
+    return torch.ops.sparselottery.packed_expand(values, words, shape)
 
 
 def gather(dense: Tensor, words: Tensor, count: int | None = None) -> Tensor:
@@ -213,11 +214,17 @@ def gather(dense: Tensor, words: Tensor, count: int | None = None) -> Tensor:
         raise TypeError(f"dense: expected a tensor, got {type(dense).__name__}")
     if dense.dtype not in bitmask.FLOATS:
         raise TypeError(f"dense: expected float32, float64, float16 or bfloat16, got {dense.dtype}")
+    if dense.layout is not torch.strided:
+        raise ValueError(f"dense: expected a dense tensor, got layout {dense.layout}")
     bitmask.check_words(words, dense.shape)
     if words.device != dense.device:
         raise ValueError(f"words: expected device {dense.device} like dense, got {words.device}")
     if count is None:
         count = bitmask.count(words)
+    elif not isinstance(count, (int, torch.SymInt)):
+        raise TypeError(f"count: expected an int or None, got {type(count).__name__}")
+    elif count < 0:
+        raise ValueError(f"count: expected at least 0, got {count}")
     if transformed():
         return dense.reshape(-1)[_places(words, dense.shape)]
     if torch.is_grad_enabled() and dense.requires_grad:

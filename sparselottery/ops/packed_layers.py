@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .. import _ext
 from .._ext import extension
-from . import derived, dispatch, masked_linear
+from . import bitmask, derived, dispatch, masked_linear
 from .library import LIBRARY, autocasts, check_tensors, transformed
 from .masked_conv2d import _pair
 from .packed import check_count, check_values, expand, gather, plain_expand
@@ -371,11 +371,11 @@ def packed_conv2d(
 
 
 def _start(x, values, words, bias, shape, dims):
-    shape = tuple(shape)
+    shape = bitmask.check_shape(shape)
     if len(shape) != dims:
         raise ValueError(f"shape: expected {dims} sizes, got {list(shape)}")
+    check_tensors(x, values, words, bias, weight_name="values")
     check_values(values, words, shape)
-    check_tensors(x, values, words, bias)
     return shape
 
 
