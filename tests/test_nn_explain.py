@@ -66,13 +66,13 @@ def test_only_measurements_of_the_same_layer_count():
 
 def test_a_layer_that_goes_to_the_library_says_why(monkeypatch):
     monkeypatch.setattr(dispatch, "measure", lambda candidates: {name: 1 + (name == "dense") for name in candidates})
-    model = nn.Sequential(nn.Linear(120, 70))
+    model = nn.Sequential(nn.Conv2d(8, 16, 3))
     sl.prune(model, density=0.1)
     for call, backend in ((0.0, "cpu"), (9.0, "dense")):
         monkeypatch.setattr(dispatch, "CALL", {"forward": call, "backward": call})
         dispatch.changed()  # decisions that layers remember go
         for _ in range(2):  # measured; known
-            model(torch.randn(16, 120)).sum().backward()
+            model(torch.randn(4, 8, 9, 9)).sum().backward()
         (row,) = sl.explain(model).rows
         assert row.backend == backend and ("library's own layer" in row.note) == (backend == "dense")
 

@@ -164,21 +164,21 @@ struct MaskedLinearPlan::Impl : Survivors {
   // survivor, fitted to 784x300 and 1024x1024 with batches of 1 to 32 on one core of an AMD EPYC (Zen 4); survivors
   // whose values must be gathered first, as after each step of an optimizer, cost more than most products. What is
   // chosen does not depend on what has been called before, so that a call gives the same bits again.
-  bool small_forward(int64_t batch, int64_t tile, bool trains) const {
-    if (!can_be_small(batch, tile) || tile == kDense) return tile == kDense;
+  bool small_forward(const Weight& now, int64_t batch, int64_t tile, bool trains) const {
+    if (!can_be_small(now, batch, tile) || tile == kDense) return tile == kDense;
     const double sparse = (batch == 1 ? 0.26 : 0.4 + 0.014 * batch) + (trains ? 1.3 : 0);
     return small_cost() * std::max(0.055, 0.02 + 0.022 * batch) < density() * sparse;
   }
 
-  bool small_backward(int64_t batch, int64_t tile, bool dx, bool dw) const {
-    if (!can_be_small(batch, tile) || tile == kDense) return tile == kDense;
-    double sparse = dx ? 1 + 0.005 * batch + (small_forward(batch, 0, true) ? 1.2 : 0) : 0;
+  bool small_backward(const Weight& now, int64_t batch, int64_t tile, bool dx, bool dw) const {
+    if (!can_be_small(now, batch, tile) || tile == kDense) return tile == kDense;
+    double sparse = dx ? 1 + 0.005 * batch + (small_forward(now, batch, 0, true) ? 1.2 : 0) : 0;
     if (dw) sparse += 0.85 + 0.02 * batch;
     return small_cost() * (dx + dw) * (0.05 + 0.02 * batch) < density() * sparse;
   }
 
-  bool can_be_small(int64_t batch, int64_t tile) const {
-    if (packed || weight.half || tile > 0 || batch == 0 || rows * columns == 0) {
+  bool can_be_small(const Weight& now, int64_t batch, int64_t tile) const {
+    if (packed || now.half || tile > 0 || batch == 0 || rows * columns == 0) {
       if (tile == kDense) throw std::invalid_argument("masked_linear: no dense product of such a call");
       return false;
     }
@@ -364,14 +364,14 @@ void MaskedLinearPlan::forward(const Weight& weight, const float* x, int64_t x_s
                                float* y, int64_t tile, bool relu, bool trains) {
   Impl& m = *impl_;
   std::lock_guard<std::mutex> guard(m.lock);
-  m.use(weight);
   if (m.rows == 0 || batch == 0) return;
-  if (m.small_forward(batch, tile, trains)) {
+  if (m.small_forward(weight, batch, tile, trains)) {
     SmallArgs a = m.small_args(weight, batch);
     a.x = x, a.x_stride = x_stride, a.bias = bias, a.y = y, a.relu = relu;
     kernels(std::numeric_limits<int64_t>::max()).small_forward(a);
     return;
   }
+  m.use(weight);
   const int threads = thread_count(m.count() * batch);
   const Kernels k = kernels(batch);
   if (batch == 1 && m.columns <= kMaxPanel && tile == 0) {
@@ -397,14 +397,14 @@ void MaskedLinearPlan::backward(const Weight& weight, const float* grad, int64_t
                                 bool dw_is_zero) {
   Impl& m = *impl_;
   std::lock_guard<std::mutex> guard(m.lock);
-  m.use(weight);
-  if (m.small_backward(batch, tile, dx != nullptr, dw_any != nullptr)) {
+  if (m.small_backward(weight, batch, tile, dx != nullptr, dw_any != nullptr)) {
     SmallArgs a = m.small_args(weight, batch);
     a.x = x, a.x_stride = x_stride, a.grad = grad, a.grad_stride = grad_stride;
     a.dx = dx, a.dw = static_cast<float*>(dw_any), a.db = db;
     kernels(std::numeric_limits<int64_t>::max()).small_backward(a);
     return;
   }
+  m.use(weight);
   const Kernels k = kernels(batch);
   float* dw = m.weight.half ? nullptr : static_cast<float*>(dw_any);
   const bool by_rows =

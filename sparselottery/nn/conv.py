@@ -59,12 +59,16 @@ class MaskedConv2d(MaskedWeight, nn.Conv2d):
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return runs_dense(input, self.weight, self.weight_mask, *geometry, wanted), None
 
+    def _is_dense(self, input):
+        layout = input.stride() if isinstance(input, Tensor) else None
+        return self._route(input, lambda wanted: self._decide(input, wanted), layout)[0]
+
     def forward(self, input: Tensor) -> Tensor:
         premasked = self._premasked()
         if premasked:
             if self._nothing_pruned():
                 return super().forward(input)
-            if self.padding_mode == "zeros" and self._route(input, lambda wanted: self._decide(input, wanted))[0]:
+            if self.padding_mode == "zeros" and self._is_dense(input):
                 return self._conv_forward(input, self._weight_for_library(), self.bias)
         padding = self.padding
         if self.padding_mode != "zeros":

@@ -220,7 +220,10 @@ def _masked_row(name, layer, measured):
         undecided = "not yet measured: not run so far, or only dense comes into question"
         return LayerRow(*arguments, "undecided", "; ".join(filter(None, (undecided, note))))
     backend = _backend_of(fitting)
-    if backend != "dense" and layer._call is not None and layer._call[1][0]:
+    to_library, names = (None, None) if layer._call is None else layer._call[1]
+    if names is not None and names[0] == names[1]:
+        backend = names[0]  # as the last call had them, both passes considered together
+    if backend != "dense" and to_library:
         reason = "the library's own layer: sparse kernels would save less than a call of them costs"
         return LayerRow(*arguments, "dense", "; ".join(filter(None, (reason, note))), fitting)
     if block is not None and "triton" in backend:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .. import masks
@@ -50,6 +51,11 @@ def unmasked_gradients() -> Iterator[None]:
         yield
     finally:
         _unmasked_gradients -= 1
+
+
+def leaves_gradients_unmasked() -> bool:
+    """Whether an `unmasked_gradients` block is active."""
+    return _unmasked_gradients > 0
 
 
 class MaskedWeight:
@@ -121,7 +127,7 @@ class MaskedWeight:
         (`weight.add_(1)`) would go unnoticed and its dead weights would count. It masks a copy instead, which costs a large
         layer about a tenth of its forward pass.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        if is_compiling() or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
             return False  # torch.func's transforms: a hook that masks the gradient would see none of their gradients
         weight, words = self._parameters.get("weight"), self._buffers["weight_mask"]
         if type(weight) is not nn.Parameter:  # functional_call, vmap, replicas: somebody else's tensor
@@ -150,33 +156,25 @@ class MaskedWeight:
         )
         return wanted if True in wanted else None
 
-    def _route(self, input: Tensor, decide: Callable[[tuple | None], tuple[bool | None, object]]) -> tuple:
+    def _route(self, input: Tensor, decide: Callable[[tuple | None], tuple[bool | None, object]], layout=None) -> tuple:
         """What `decide` says of such a call, asked anew only when something about it changes.
 
         That is: whether it goes to the library (None: not known yet, to be asked again), and anything that goes with the answer.
+        `layout`: what else of the input the answer depends on. A mask or a weight of another dtype or device makes `_restore`
+        forget the answer.
         """
         if not isinstance(input, Tensor):
             return None, None  # the op says what is wrong
-        weight, wanted = self._parameters["weight"], self._wanted(input)
-        call = (
-            *(
-                input.shape,
-                input.dtype,
-                input.stride(),
-                input.device,
-                weight.shape,
-                weight.dtype,
-                weight.device,
-                wanted,
-            ),
-            *(self._seen[3:], dispatch.state(), autocasts(input.device)),
-        )
-        if self._call is None or self._call[0] != call:
+        wanted, device = self._wanted(input), input.device
+        shape = self._parameters["weight"].shape
+        call = (input.shape, input.dtype, device, shape, wanted, dispatch.state(), autocasts(device), layout)
+        last = self._call
+        if last is None or last[0] != call:
             answer = decide(wanted)
             if answer[0] is None:
                 return answer
-            self.__dict__["_call"] = (call, answer)
-        return self._call[1]
+            self.__dict__["_call"] = last = (call, answer)
+        return last[1]
 
     def _weight_for_library(self) -> Tensor:
         """The weight for torch's own dense layers: what comes back as its gradient through this use is masked.
@@ -215,6 +213,8 @@ class MaskedWeight:
             return True
         if self._seen is None or seen[3:] != self._seen[3:]:
             self.__dict__["_dead"] = _first_zero(words, weight.shape)
+        if self._seen is None or seen[2:] != self._seen[2:]:  # other memory: perhaps another dtype or device
+            self.__dict__["_call"] = None
         on_cpu = weight.device.type == "cpu"  # elsewhere a look would wait for the device
         self.__dict__["_probe"] = data[self._dead] if on_cpu and self._dead is not None else None
         self.__dict__["_seen"] = seen

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 from ..masks import Mask
 from ..ops import bitmask, block_linear
 from ..ops.library import nothing_watches
-from ..ops.masked_linear import backends, masked_linear, prepared, runs_dense
-from .invariant import MaskedWeight
+from ..ops.masked_linear import masked_linear, runs_dense
+from ..ops.masked_linear_layer import DENSE, backends, prepared, takes
+from .invariant import MaskedWeight, leaves_gradients_unmasked
 
 
 class _ByBlocks:
@@ -27,8 +28,10 @@ class _ByBlocks:
         self._find_block(input, words, weight.shape)
         if self._block is not None:
             return block_linear.runs_dense(input, weight, words, self._block, wanted), None
-        dense = runs_dense(input, weight, words, wanted)
-        return dense, backends(input, weight, words, wanted) if dense is False else None
+        if takes(input):
+            names = backends(input, weight, words, wanted)
+            return (None if names is None else False), names
+        return runs_dense(input, weight, words, wanted), None
 
     def _masked(self, input, weight, words, premasked):
         # Compiled code can't ask what blocks the mask has: it goes by what the last eager forward found.
@@ -72,10 +75,12 @@ class MaskedLinear(_ByBlocks, MaskedWeight, nn.Linear):
                 return super().forward(input)
             weight, words, bias = self._parameters["weight"], self._buffers["weight_mask"], self._parameters["bias"]
             dense, names = self._route(input, lambda wanted: self._decide(input, weight, words, wanted))
-            if dense:
-                return F.linear(input, self._weight_for_library(), bias)
-            if names is not None and type(input) is Tensor and nothing_watches():
+            if names == DENSE and leaves_gradients_unmasked():
+                dense = True
+            elif names is not None and type(input) is Tensor and nothing_watches():
                 return prepared(input, weight, words, bias, names)
+            if dense or names == DENSE:
+                return F.linear(input, self._weight_for_library(), bias)
         return self._masked(input, self.weight, self.weight_mask, premasked)
 
 
@@ -95,8 +100,10 @@ class MaskedConv1D(_ByBlocks, MaskedWeight):
         if premasked and self._nothing_pruned():
             return super().forward(x)
         words = self._words_by_output(cached=premasked)
-        if premasked and self._route(x, lambda wanted: self._decide(x, self.weight.t(), words, wanted))[0]:
-            return F.linear(x, self._weight_for_library().t(), self.bias)
+        if premasked:
+            dense, names = self._route(x, lambda wanted: self._decide(x, self.weight.t(), words, wanted))
+            if dense or (names is not None and set(names) <= {"dense", None}):
+                return F.linear(x, self._weight_for_library().t(), self.bias)
         return self._masked(x, self.weight.t(), words, premasked)
 
     def _words_by_output(self, cached: bool) -> Tensor:

@@ -202,7 +202,7 @@ def _backward(grad, x, weight, words, block, premasked, output_mask):
     if _goes_elsewhere(grad):
         return masked._backward(grad, x, weight, words, premasked, output_mask)
     candidates = {
-        "dense": lambda: masked._dense_backward(grad, x, weight, words, premasked, output_mask),
+        "dense": lambda: masked.dense_backward(grad, x, weight, words, premasked, output_mask),
         "reference": lambda: masked._reference_backward(grad, x, weight, words, output_mask),
     }
     key = None
@@ -248,7 +248,7 @@ class _BlockLinear(torch.autograd.Function):
         x, weight, words = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
         if torch.is_grad_enabled():  # create_graph=True: the same in differentiable torch
-            gradients = masked._differentiable_backward(grad, x, weight, words, wanted)
+            gradients = masked.differentiable_backward(grad, x, weight, words, wanted)
         else:
             op = _backward if is_plain(grad, weight) else torch.ops.sparselottery.block_linear_backward
             gradients = op(grad, x, weight, words, *ctx.arguments, wanted)

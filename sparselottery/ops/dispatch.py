@@ -92,13 +92,25 @@ def is_reproducible() -> bool:
     return _reproducible > 0
 
 
+# os.environ without its layers, since every call of every layer asks.
+_ENVIRONMENT, _BACKEND = getattr(os.environ, "_data", None), os.environ.encodekey("SPARSELOTTERY_BACKEND")
+
+
+def wish() -> str | None:
+    """What `SPARSELOTTERY_BACKEND` holds now, None where it is unset."""
+    if _ENVIRONMENT is None:
+        return os.environ.get("SPARSELOTTERY_BACKEND")
+    value = _ENVIRONMENT.get(_BACKEND)
+    return value if value is None else os.environ.decodevalue(value)
+
+
 def forced() -> str | None:
     """The backend that `SPARSELOTTERY_BACKEND` names, None where it is unset or empty.
 
     Raises:
         ValueError: there is no backend of that name.
     """
-    name = os.environ.get("SPARSELOTTERY_BACKEND")
+    name = wish()
     if not name:
         return None
     if name not in BACKENDS:
@@ -135,7 +147,7 @@ def recall(op: str, key: Hashable, names: Collection[str]) -> str | None:
 
 def state() -> tuple:
     """What decisions depend on besides their keys: a decision remembered together with this holds while it is equal."""
-    return (_reproducible > 0, os.environ.get("SPARSELOTTERY_BACKEND"), torch.get_num_threads(), _generation)
+    return (_reproducible > 0, wish(), torch.get_num_threads(), _generation)
 
 
 def decided(op: str, key: Hashable, rule: Callable[[], str]) -> str | None:
@@ -190,6 +202,13 @@ def choose(op: str, key: tuple, candidates: dict[str, Callable[[], object]], *, 
     return name
 
 
+def measured(op: str, key: Hashable) -> dict[str, float] | None:
+    """The microseconds of each candidate, where a stopwatch has decided this call."""
+    with _lock:
+        record = _records.get((op, repr(key)))
+    return record and record["us"]
+
+
 def goes_to_library(op: str, calls: list[tuple[Hashable, Callable[[], str]]]) -> bool | None:
     """Whether a layer should leave a forward pass, or a forward and a backward pass, to the library's own dense layer.
 
@@ -206,12 +225,11 @@ def goes_to_library(op: str, calls: list[tuple[Hashable, Callable[[], str]]]) ->
         return None
     if _reproducible or set(names) == {"dense"}:
         return "dense" in names
-    with _lock:
-        measured = [_records.get((op, repr(key))) for key, _ in calls]
-    if None in measured:
+    times = [measured(op, key) for key, _ in calls]
+    if None in times:
         return None
-    dense = sum(m["us"]["dense"] for m in measured)
-    ours = sum(m["us"][name] for m, name in zip(measured, names, strict=True))
+    dense = sum(us["dense"] for us in times)
+    ours = sum(us[name] for us, name in zip(times, names, strict=True))
     return ours + sum(CALL[key[0]] for key, _ in calls) * 1e6 >= dense * (1 - MARGIN)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .. import _ext
 from . import bitmask, dispatch, fp32_linear, reference, sparse_linear
 from .library import LIBRARY, autocasts, check_tensors, is_plain, transformed
-from .masked_linear_index import index_of, plan_of
+from .masked_linear_index import INDEXES, index_of, plan_of
 
 OP = "masked_linear"
 
@@ -47,6 +47,10 @@ def _none(like):
     return like.new_empty(0)
 
 
+def _defined(gradients, like):
+    return tuple(_none(like) if g is None else g for g in gradients)
+
+
 # ---- reference and dense ----
 
 
@@ -64,7 +68,7 @@ def _dense(x, weight, words, bias, premasked):
     return F.linear(x, _masked(weight, words, premasked), bias)
 
 
-def _dense_backward(grad, x, weight, words, premasked, output_mask):
+def dense_backward(grad, x, weight, words, premasked, output_mask):
     dx = grad @ _masked(weight, words, premasked) if output_mask[0] else _none(grad)
     dw = bitmask.zero_dead_(_rows(grad).t() @ _rows(x), words) if output_mask[1] else _none(grad)
     return dx, dw, _rows(grad).sum(0) if output_mask[2] else _none(grad)
@@ -76,11 +80,11 @@ def _emulated_backward(grad, x, weight, words, premasked, output_mask):
     if dw is not None:
         bitmask.zero_dead_(dw, words)
     db = _rows(grad).sum(0) if output_mask[2] else None
-    return tuple(_none(grad) if g is None else g for g in (dx, dw, db))
+    return _defined((dx, dw, db), grad)
 
 
 def _sparse_backward(grad, x, weight, words, output_mask):
-    rest = _dense_backward(grad, x, weight, words, True, (False, *output_mask[1:]))
+    rest = dense_backward(grad, x, weight, words, True, (False, *output_mask[1:]))
     dx = sparse_linear.backward_input(grad, weight, words) if output_mask[0] else _none(grad)
     return dx, *rest[1:]
 
@@ -94,16 +98,19 @@ def _unit_rows(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _cpu(x, weight, words, bias, relu=False, trains=False, anew=False):
+def cpu(x, weight, words, bias, relu=False, trains=False, anew=False):
     """`trains`: the weight changes between calls. `anew`: as if it had, since the last one."""
-    weight = weight.contiguous()
-    shape = tuple(weight.shape)
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+    shape = weight.shape
     dtype = x.dtype
     if dtype is not torch.float32:
         x, bias = x.float(), None if bias is None else bias.float()
     rows = _unit_rows(x)
-    y = rows.new_empty(rows.shape[0], shape[0])
-    bias = bias.contiguous() if bias is not None else None
+    batch = rows.shape[0]
+    y = torch.empty((batch, shape[0]), dtype=torch.float32, device="cpu")
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     plan, values = plan_of(words, weight, shape)
     if anew:
         values = (*values[:3], False)
@@ -111,7 +118,7 @@ def _cpu(x, weight, words, bias, relu=False, trains=False, anew=False):
         *values,
         rows.data_ptr(),
         rows.stride(0),
-        rows.shape[0],
+        batch,
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         0,
@@ -123,28 +130,32 @@ def _cpu(x, weight, words, bias, relu=False, trains=False, anew=False):
     return y if x.ndim == 2 else y.view(*x.shape[:-1], shape[0])
 
 
-def _cpu_backward(grad, x, weight, words, output_mask, watched=False):
-    """`watched`: dW's reader is eager torch, whose writes move version counters; compiled code's need not."""
+def cpu_backward(grad, x, weight, words, output_mask, watched=False):
+    """None for a gradient that is not asked for.
+
+    `watched`: dW's reader is eager torch, whose writes move version counters; compiled code's need not.
+    """
     if not (output_mask[0] or output_mask[1]) or weight.numel() == 0:
-        return _dense_backward(grad, x, weight, words, True, output_mask)
-    weight = weight.contiguous()
-    shape = tuple(weight.shape)
+        return dense_backward(grad, x, weight, words, True, output_mask)
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+    shape = weight.shape
     dtype = grad.dtype
     if dtype is not torch.float32:
         grad, x = grad.float(), x.float() if output_mask[1] else x
     plan, values = plan_of(words, weight, shape)
     rows = _unit_rows(grad)
     inputs = _unit_rows(x) if output_mask[1] else None
-    dx = grad.new_empty(*grad.shape[:-1], shape[1]) if output_mask[0] else _none(grad)
+    dx = torch.empty((*grad.shape[:-1], shape[1]), dtype=torch.float32, device="cpu") if output_mask[0] else None
     memory, is_zero = None, False
     if not output_mask[1]:
-        dw = _none(grad)
+        dw = None
     elif dtype is not torch.float32 or words.is_inference() or weight.is_inference():  # the plan may go with this call
         dw = torch.empty(shape, dtype=dtype, device="cpu")
     else:
-        memory = index_of(words, shape).gradient
+        memory = INDEXES[id(words)].gradient
         dw, is_zero = memory.lend(shape, plan)
-    db = grad.new_empty(shape[0]) if output_mask[2] else _none(grad)
+    db = torch.empty(shape[0], dtype=torch.float32, device="cpu") if output_mask[2] else None
     plan.backward(
         *values,
         rows.data_ptr(),
@@ -160,7 +171,9 @@ def _cpu_backward(grad, x, weight, words, output_mask, watched=False):
     )
     if watched and memory is not None:
         memory.written(dw, plan)
-    return (dx, dw, db) if dtype is torch.float32 else (dx.to(dtype), dw.to(dtype), db.to(dtype))
+    if dtype is not torch.float32:
+        dx, dw, db = (None if g is None else g.to(dtype) for g in (dx, dw, db))
+    return dx, dw, db
 
 
 # ---- triton ----
@@ -180,7 +193,7 @@ def _triton_backward(grad, x, weight, words, output_mask):
     if output_mask[1]:
         dw = _triton().backward_weight(rows, _rows(x), words)
     db = rows.sum(0) if output_mask[2] else None
-    return tuple(_none(grad) if g is None else g for g in (dx, dw, db))
+    return _defined((dx, dw, db), grad)
 
 
 # ---- the choice ----
@@ -237,7 +250,7 @@ def _choose(direction, key, candidates):
         key = (direction,)
     elif key[6] == "cpu":  # Triton's interpreter is for tests: it runs when it is asked for, not in a measurement
         measurable = {n: c for n, c in candidates.items() if n != "triton" or dispatch.forced()}
-    return dispatch.choose(OP, key, measurable, rule=lambda: _rule(key))
+    return dispatch.choose(OP, key, measurable, rule=lambda: rule(key))
 
 
 # Densities up to which the cpu backend is chosen without a stopwatch: about half of where it broke even, batch 16 to 128,
@@ -248,7 +261,7 @@ _RULE_WORK = 2**22  # multiply-adds of the dense product: below, the call itself
 _RULE_WEIGHTS = 100_000
 
 
-def _rule(key):
+def rule(key):
     """The choice of a reproducible run: a function of instruction set, shape, density and batch alone."""
     direction, shape, dtype, bucket, batch, _, device, *_ = key
     if device != "cpu" or dtype != "float32" or (batch >= 16 and shape[0] * shape[1] * batch < _RULE_WORK):
@@ -260,7 +273,7 @@ def _rule(key):
     return "cpu" if dispatch.bucket_density(bucket) <= densest else "dense"
 
 
-def _keys(x, weight, words, wanted):
+def keys_of(x, weight, words, wanted):
     """dispatch's keys for the passes of one use of a masked weight: forward, and backward if it will be asked for x or weight."""
     keys = [_key("forward", x, weight, words, True, wanted is not None and wanted[1])]
     if wanted is not None and (wanted[0] or wanted[1]):  # grad has the batch, dtype and device of x
@@ -275,30 +288,8 @@ def runs_dense(x: Tensor, weight: Tensor, words: Tensor, wanted: tuple[bool, boo
     """
     if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.dtype is not weight.dtype or x.device != weight.device:
         return None  # the op says what is wrong
-    keys = _keys(x, weight, words, wanted)
-    return dispatch.goes_to_library(OP, [(key, lambda key=key: _rule(key)) for key in keys])
-
-
-def backends(x: Tensor, weight: Tensor, words: Tensor, wanted: tuple[bool, bool, bool] | None) -> tuple | None:
-    """(forward, backward or None) of a call that `runs_dense` said False of, for `prepared`; None where it can't take it."""
-    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
-        return None
-    names = [dispatch.decided(OP, key, lambda key=key: _rule(key)) for key in _keys(x, weight, words, wanted)]
-    if not {"dense", "cpu"}.issuperset(names):
-        return None
-    return (*names, None if wanted is None else "dense")[:2]
-
-
-def prepared(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, names: tuple) -> Tensor:
-    """`masked_linear` for a masked layer that asked `backends` for the names for just such a call: little is looked at again.
-
-    The layer answers for the weight being masked, and for nothing being there that wants to see the op itself.
-    """
-    if bias is not None and (bias.dtype is not x.dtype or bias.shape[0] != weight.shape[0] or not bias.is_cpu):
-        return masked_linear(x, weight, words, bias, premasked=True)  # which says what is wrong
-    if names[1] is not None:
-        return _MaskedLinear.apply(x, weight, words, bias, True, False, names)
-    return _cpu(x, weight, words, bias) if names[0] == "cpu" else _dense(x, weight, words, bias, True)
+    keys = keys_of(x, weight, words, wanted)
+    return dispatch.goes_to_library(OP, [(key, lambda key=key: rule(key)) for key in keys])
 
 
 # ---- the ops ----
@@ -308,7 +299,7 @@ def _forward(x, weight, words, bias, premasked, relu=False, trains=False):
     key = _key("forward", x, weight, words, premasked, trains)
     name = dispatch.lookup(OP, key)
     if name == "cpu":
-        return _cpu(x, weight, words, bias, relu, trains)
+        return cpu(x, weight, words, bias, relu, trains)
     if name == "dense":
         y = _dense(x, weight, words, bias, premasked)
     else:
@@ -316,7 +307,7 @@ def _forward(x, weight, words, bias, premasked, relu=False, trains=False):
             x,
             key and dispatch.bucket_density(key[3]),
             lambda: _dense(x, weight, words, bias, premasked),
-            lambda: _cpu(x, weight, words, bias, False, trains, anew=trains),
+            lambda: cpu(x, weight, words, bias, False, trains, anew=trains),
             lambda: _triton().forward(_rows(x), weight, words, bias).view(*x.shape[:-1], weight.shape[0]),
             lambda: reference.masked_linear(x, weight, words, bias),
             lambda: fp32_linear.forward(x, _masked(weight, words, premasked), bias),
@@ -324,26 +315,25 @@ def _forward(x, weight, words, bias, premasked, relu=False, trains=False):
         )
         name = name or _choose("forward", key, candidates)
         if name == "cpu":
-            return _cpu(x, weight, words, bias, relu, trains)
+            return cpu(x, weight, words, bias, relu, trains)
         y = candidates[name]()
     return y.relu_() if relu else y
 
 
-def _backward(grad, x, weight, words, premasked, output_mask, watched=False, name=None):
+def _backward(grad, x, weight, words, premasked, output_mask, watched=False):
     key = None
-    if name is None:
-        if output_mask[0] or output_mask[1]:
-            key = _key("backward", grad, weight, words, premasked, *output_mask)
-        name = dispatch.lookup(OP, key)
+    if output_mask[0] or output_mask[1]:
+        key = _key("backward", grad, weight, words, premasked, *output_mask)
+    name = dispatch.lookup(OP, key)
     if name == "dense":
-        return _dense_backward(grad, x, weight, words, premasked, output_mask)
+        return dense_backward(grad, x, weight, words, premasked, output_mask)
     if name == "cpu":
-        return _cpu_backward(grad, x, weight, words, output_mask, watched)
+        return _defined(cpu_backward(grad, x, weight, words, output_mask, watched), grad)
     candidates = _candidates(
         grad,
         key and dispatch.bucket_density(key[3]),
-        lambda: _dense_backward(grad, x, weight, words, premasked, output_mask),
-        lambda: _cpu_backward(grad, x, weight, words, output_mask, watched),
+        lambda: dense_backward(grad, x, weight, words, premasked, output_mask),
+        lambda: _defined(cpu_backward(grad, x, weight, words, output_mask, watched), grad),
         lambda: _triton_backward(grad, x, weight, words, output_mask),
         lambda: _reference_backward(grad, x, weight, words, output_mask),
         lambda: _emulated_backward(grad, x, weight, words, premasked, output_mask),
@@ -370,17 +360,8 @@ def _(grad, x, weight, words, premasked, output_mask):
 class _MaskedLinear(torch.autograd.Function):
     # forward takes ctx: with a setup_context apart, `apply` inspects forward's signature on each call (20 of 28 us).
     @staticmethod
-    def forward(ctx, x, weight, words, bias, premasked, relu, names):
-        if names is not None:  # see `prepared`
-            ctx.arguments = True, False, names[1]
-            ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, words, None)
-            trains = ctx.needs_input_grad[1]
-            return (
-                _cpu(x, weight, words, bias, False, trains)
-                if names[0] == "cpu"
-                else _dense(x, weight, words, bias, True)
-            )
-        ctx.arguments = premasked, relu, None
+    def forward(ctx, x, weight, words, bias, premasked, relu):
+        ctx.arguments = premasked, relu
         if is_plain(x, weight):  # the dispatcher costs 7 us
             y = _forward(x, weight, words, bias, premasked, relu, ctx.needs_input_grad[1])
         else:
@@ -392,27 +373,25 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, words, y = ctx.saved_tensors
-        premasked, relu, name = ctx.arguments
+        premasked, relu = ctx.arguments
         asked = ctx.needs_input_grad
         wanted = [asked[0], asked[1], asked[3]]
         if torch.is_grad_enabled():  # create_graph=True: the same in differentiable torch
             if relu:
                 grad = torch.where(y <= 0, 0, grad)
-            dx, dw, db = _differentiable_backward(grad, x, weight, words, wanted)
+            dx, dw, db = differentiable_backward(grad, x, weight, words, wanted)
         else:
             if relu:
                 grad = torch.ops.aten.threshold_backward(grad, y, 0)
             if is_plain(grad, weight):
-                dx, dw, db = _backward(grad, x, weight, words, premasked, wanted, True, name)
+                dx, dw, db = _backward(grad, x, weight, words, premasked, wanted, True)
             else:
                 x = grad.new_empty(0) if x is None else x
                 dx, dw, db = torch.ops.sparselottery.masked_linear_backward(grad, x, weight, words, premasked, wanted)
-        return (
-            dx if asked[0] else None, dw if asked[1] else None, None, db if asked[3] else None, None, None, None,
-        )  # fmt: skip
+        return dx if asked[0] else None, dw if asked[1] else None, None, db if asked[3] else None, None, None
 
 
-def _differentiable_backward(grad, x, weight, words, wanted):
+def differentiable_backward(grad, x, weight, words, wanted):
     keep = reference.bitmask_unpack(words, weight.shape)
     dx = grad @ torch.where(keep, weight, 0) if wanted[0] else None
     dw = torch.where(keep, _rows(grad).t() @ _rows(x), 0) if wanted[1] else None
@@ -459,7 +438,7 @@ def masked_linear(
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _MaskedLinear.apply(x, weight, words, bias, premasked, relu, None)
+        return _MaskedLinear.apply(x, weight, words, bias, premasked, relu)
     return torch.ops.sparselottery.masked_linear(x, weight, words, bias, premasked, relu)
 
 

@@ -168,7 +168,7 @@ def _run(direction, t, values, shape, transposed, dense, cpu, *extra):
     name = dispatch.lookup("packed_linear", key)
     if name is None:
         candidates = {"dense": dense, "cpu": cpu, "reference": dense}
-        name = dispatch.choose("packed_linear", key, candidates, rule=lambda: masked_linear._rule(key))
+        name = dispatch.choose("packed_linear", key, candidates, rule=lambda: masked_linear.rule(key))
     return cpu() if name == "cpu" else dense()
 
 
