@@ -10,11 +10,16 @@ from sparselottery import _ext
 from sparselottery.nn import resident_choice
 
 
-def in_cpp_only(tmp_path, monkeypatch):
-    """Whatever would be faster; with a cache of its own."""
-    monkeypatch.setenv("SPARSELOTTERY_CACHE", str(tmp_path))
+def in_cpp(monkeypatch):
+    """Whatever would be faster."""
     monkeypatch.delenv("SPARSELOTTERY_BACKEND", raising=False)
     monkeypatch.setattr(resident_choice, "choose", lambda *_: resident_choice.IN_CPP)
+
+
+def in_cpp_only(tmp_path, monkeypatch):
+    """With a cache of its own."""
+    monkeypatch.setenv("SPARSELOTTERY_CACHE", str(tmp_path))
+    in_cpp(monkeypatch)
 
 
 def note_calls(monkeypatch):
