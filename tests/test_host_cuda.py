@@ -1,13 +1,11 @@
 """csrc/cuda/*.cu executed on the CPU (tests/host_cuda), bit for bit against ops/reference.py."""
 
-import ctypes
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from host_cuda import harness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,44 +13,25 @@ from sparselottery import _ext
 from sparselottery._ext import DTYPE_CODES
 from sparselottery.ops import bitmask, global_topk, reference
 
-HARNESS = Path(__file__).parent / "host_cuda"
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 GARBAGE = 0x5A5A5A5A
 
 
-def load_builder():
-    spec = importlib.util.spec_from_file_location("host_cuda_build", HARNESS / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def kernels():
-    library = ctypes.CDLL(str(load_builder().build("library.cpp", "-O2", "-shared")))
-    i64, pointer = ctypes.c_int64, ctypes.c_void_p
-    for name, arguments in {
+    i64, pointer = harness.I64, harness.POINTER
+    functions = {
         "sl_pack": [pointer, i64, i64, pointer],
         "sl_unpack": [pointer, i64, i64, pointer],
         "sl_count": [pointer, i64, pointer],
         "sl_hamming": [pointer, pointer, i64, pointer],
         "sl_apply": [pointer, i64, pointer, i64, pointer, pointer],
-        "sl_topk": [pointer, i64, i64, ctypes.c_int, ctypes.c_int, pointer, pointer],
-        "sl_topk_scratch": [ctypes.c_int, i64, pointer],
+        "sl_topk": [pointer, i64, i64, harness.INT, harness.INT, pointer, pointer],
+        "sl_topk_scratch": [harness.INT, i64, pointer],
         "sl_topk_capture": [pointer, i64, pointer, pointer],
         "sl_replay": [],
-    }.items():
-        getattr(library, name).argtypes = arguments
-        getattr(library, name).restype = ctypes.c_char_p
-
-    def call(name, *arguments):
-        plain = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
-        plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in plain]
-        message = getattr(library, name)(*plain)
-        if message is not None:
-            raise RuntimeError(message.decode())
-
-    return call
+    }
+    return harness.caller(harness.load("library.cpp", functions))
 
 
 def empty_words(shape):

@@ -1,16 +1,12 @@
 """csrc/cuda/decode_linear.cu executed on the CPU (tests/host_cuda) against float64, and the wrappers of tensor-core
 instructions against the PTX manual."""
 
-import ctypes
 import math
-import os
-import re
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from host_cuda import harness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,41 +15,21 @@ from sparselottery.ops import bitmask
 from sparselottery.ops import decode_linear as op
 
 HALVES = [torch.float16, torch.bfloat16]
-CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
-
-
-def load_builder():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("host_cuda_build", Path(__file__).parent / "host_cuda" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    built = load_builder().build("library_decode.cpp", "-O2", "-shared", kernels="decode_linear")
-    library = ctypes.CDLL(str(built))
-    i64, pointer, i32 = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-    for name, arguments in {
+    i64, pointer, i32 = harness.I64, harness.POINTER, harness.INT
+    functions = {
         "sl_decode": [pointer, i32, pointer, pointer, pointer, i64, i32],
-        "sl_ldmatrix": [pointer, pointer, ctypes.c_bool, pointer],
+        "sl_ldmatrix": [pointer, pointer, harness.BOOL, pointer],
         "sl_mma": [i32] + [pointer] * 3,
         "sl_copy_later": [pointer] * 2,
         "sl_convert": [i32] + [pointer] * 4 + [i64] * 2,
-    }.items():
-        getattr(library, name).argtypes = arguments
-        getattr(library, name).restype = ctypes.c_char_p
+    }
+    library = harness.load("library_decode.cpp", functions, kernels="decode_linear")
     library.sl_max_columns.restype = i64
-
-    def call(name, *arguments):
-        plain = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
-        plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in plain]
-        message = getattr(library, name)(*plain)
-        if message is not None:
-            raise RuntimeError(message.decode())
-
+    call = harness.caller(library)
     call.max_columns = library.sl_max_columns
     return call
 
@@ -365,7 +341,7 @@ def test_scattered_entries_miss_each_others_banks(density):
 
 def test_fragments_of_x_miss_each_others_banks():
     """The eight rows of 16 bytes that one phase of ldmatrix reads lie in 32 different banks."""
-    source = (CUDA_SOURCES / "decode_linear.cu").read_text()
+    source = (harness.CUDA_SOURCES / "decode_linear.cu").read_text()
     assert "(row * kStepChunks + (chunk ^ (row % kStepChunks))) * kChunk" in source
     for chunk in range(8):
         banks = {(16 * (row * 8 + (chunk ^ row % 8)) // 4 + word) % 32 for row in range(8) for word in range(4)}
@@ -375,27 +351,9 @@ def test_fragments_of_x_miss_each_others_banks():
 # ---- ThreadSanitizer: one host thread per CUDA thread ----
 
 
-def barriers():
-    for name in ("decode_linear.cu", "tensor_core.cuh"):
-        for number, line in enumerate((CUDA_SOURCES / name).read_text().splitlines(), 1):
-            if re.search(r"__sync(threads|warp)\(\)|host_cuda::cp_async_wait", line):
-                yield f"{name}:{number}"
-
-
 @pytest.fixture(scope="module")
 def race_check():
-    """Runs the check, without one barrier if told so; returns the exit status and what was printed."""
-    flags = ("-O1", "-fsanitize=thread", "-DHOST_CUDA_THREADS")
-    program = load_builder().build(
-        "race_check_decode.cpp", *flags, kernels="decode_linear", also=("cpu/decode_linear.cpp",)
-    )
-
-    def run(without=""):
-        environment = os.environ | {"HOST_CUDA_DROP_BARRIER": without, "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
-        done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300, check=False)
-        return done.returncode, done.stdout + done.stderr
-
-    return run
+    return harness.race_check("race_check_decode.cpp", kernels="decode_linear", also=("cpu/decode_linear.cpp",))
 
 
 def test_no_races(race_check):
@@ -403,11 +361,6 @@ def test_no_races(race_check):
     assert status == 0, output
 
 
-@pytest.mark.parametrize("site", list(barriers()))
+@pytest.mark.parametrize("site", list(harness.barriers("decode_linear.cu", "tensor_core.cuh")))
 def test_every_barrier_is_needed(race_check, site):
-    """Without any one of its barriers a kernel has a data race; without its wait, x never comes."""
-    status, output = race_check(without=site)
-    if site.startswith("tensor_core"):
-        assert status == 1 and "wrong" in output, f"{status}\n{output}"
-    else:
-        assert status == 66 and "data race" in output, f"{status}\n{output}"
+    harness.check_is_needed(race_check, site)

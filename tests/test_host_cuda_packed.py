@@ -1,21 +1,16 @@
 """csrc/cuda/packed.cu executed on the CPU (tests/host_cuda), bit for bit against ops/reference.py."""
 
-import ctypes
-import importlib.util
 import math
-import os
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from host_cuda import harness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparselottery.ops import bitmask, packed, reference
 
-HARNESS = Path(__file__).parent / "host_cuda"
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHAPES = [
@@ -36,33 +31,15 @@ SHAPES = [
 GUARD = 64  # elements on either side of what a kernel may write
 
 
-def load_builder():
-    spec = importlib.util.spec_from_file_location("host_cuda_build", HARNESS / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def kernels():
-    library = ctypes.CDLL(str(load_builder().build("library_packed.cpp", "-O2", "-shared", kernels="packed")))
-    i64, pointer = ctypes.c_int64, ctypes.c_void_p
-    for name, arguments in {
+    i64, pointer = harness.I64, harness.POINTER
+    functions = {
         "sl_counts": [pointer, i64, pointer],
         "sl_expand": [pointer, i64, i64, pointer, pointer, i64, i64, pointer],
         "sl_gather": [pointer, i64, pointer, pointer, i64, pointer, pointer, pointer, i64],
-    }.items():
-        getattr(library, name).argtypes = arguments
-        getattr(library, name).restype = ctypes.c_char_p
-
-    def call(name, *arguments):
-        plain = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
-        plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in plain]
-        message = getattr(library, name)(*plain)
-        if message is not None:
-            raise RuntimeError(message.decode())
-
-    return call
+    }
+    return harness.caller(harness.load("library_packed.cpp", functions, kernels="packed"))
 
 
 def bits(tensor):
@@ -232,9 +209,5 @@ def test_offsets_are_kept_until_the_mask_changes(on_the_host):
 
 
 def test_no_races():
-    program = load_builder().build(
-        "race_check_packed.cpp", "-O1", "-fsanitize=thread", "-DHOST_CUDA_THREADS", kernels="packed"
-    )
-    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
-    done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, output = harness.race_check("race_check_packed.cpp", kernels="packed")()
+    assert status == 0, output

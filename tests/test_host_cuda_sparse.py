@@ -1,36 +1,22 @@
 """csrc/cuda/sparse_linear.cu executed on the CPU (tests/host_cuda) through the op's own Python, against float64."""
 
 import ctypes
-import importlib.util
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from host_cuda import harness
 
 from sparselottery.ops import bitmask, dispatch, masked_linear, reference, sparse_linear
 
-HARNESS = Path(__file__).parent / "host_cuda"
 # (batch, out, in): chunks of 64 columns, tiles of 128 of the batch, blocks of 32 rows here; ragged ends everywhere.
 SHAPES = [(1, 1, 1), (5, 33, 70), (130, 32, 64), (128, 65, 129), (3, 100, 63), (0, 4, 9), (4, 0, 9)]
 
 
-def load_builder():
-    spec = importlib.util.spec_from_file_location("host_cuda_build", HARNESS / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def library():
-    library = ctypes.CDLL(str(load_builder().build("library_sparse.cpp", "-O2", "-shared", kernels="sparse_linear")))
-    i64, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.sl_fill.argtypes = [pointer, pointer, i64, pointer]
-    library.sl_product.argtypes = [pointer] * 4 + [i64] * 3 + [pointer]
-    library.sl_fill.restype = library.sl_product.restype = ctypes.c_char_p
-    return library
+    i64, pointer = harness.I64, harness.POINTER
+    functions = {"sl_fill": [pointer, pointer, i64, pointer], "sl_product": [pointer] * 4 + [i64] * 3 + [pointer]}
+    return harness.load("library_sparse.cpp", functions, kernels="sparse_linear")
 
 
 @pytest.fixture
@@ -142,25 +128,9 @@ def test_where_it_is_a_candidate(monkeypatch):
 # ---- ThreadSanitizer: one host thread per CUDA thread ----
 
 
-def barriers():
-    source = Path(__file__).parents[1] / "csrc" / "cuda" / "sparse_linear.cu"
-    for number, line in enumerate(source.read_text().splitlines(), 1):
-        if "__syncthreads()" in line:
-            yield f"{source.name}:{number}"
-
-
 @pytest.fixture(scope="module")
 def race_check():
-    """Runs the check, without one barrier if told so; returns the exit status and what was printed."""
-    flags = ("-O1", "-fsanitize=thread", "-DHOST_CUDA_THREADS")
-    program = load_builder().build("race_check_sparse.cpp", *flags, kernels="sparse_linear")
-
-    def run(without=""):
-        environment = os.environ | {"HOST_CUDA_DROP_BARRIER": without, "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
-        done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300, check=False)
-        return done.returncode, done.stdout + done.stderr
-
-    return run
+    return harness.race_check("race_check_sparse.cpp", kernels="sparse_linear")
 
 
 def test_no_races(race_check):
@@ -168,8 +138,6 @@ def test_no_races(race_check):
     assert status == 0, output
 
 
-@pytest.mark.parametrize("site", list(barriers()))
+@pytest.mark.parametrize("site", list(harness.barriers("sparse_linear.cu")))
 def test_every_barrier_is_needed(race_check, site):
-    """Without any one of its barriers the kernel has a data race, and this harness sees it."""
-    status, output = race_check(without=site)
-    assert status == 66 and "data race" in output, f"{status}\n{output}"
+    harness.check_is_needed(race_check, site)

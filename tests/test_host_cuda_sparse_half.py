@@ -1,39 +1,25 @@
 """csrc/cuda/sparse_linear_half.cu executed on the CPU (tests/host_cuda) through the op's own Python, against float64."""
 
 import ctypes
-import importlib.util
 import math
-import os
-import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from host_cuda import harness
 
 from sparselottery.ops import dispatch, masked_linear, reference, sparse_linear
 
-HARNESS = Path(__file__).parent / "host_cuda"
-SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "sparse_linear_half.cu"
 HALVES = [torch.bfloat16, torch.float16]
-
-
-def load_builder():
-    spec = importlib.util.spec_from_file_location("host_cuda_build", HARNESS / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def library():
-    built = load_builder().build("library_sparse_half.cpp", "-O2", "-shared", kernels="sparse_linear_half")
-    library = ctypes.CDLL(str(built))
-    i64, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.sl_fill.argtypes = [pointer] * 6 + [i64, i64, ctypes.c_bool, pointer]
-    library.sl_product.argtypes = [ctypes.c_int] + [pointer] * 4 + [i64] + [pointer] * 3 + [i64] * 4 + [pointer]
-    library.sl_fill.restype = library.sl_product.restype = ctypes.c_char_p
-    return library
+    i64, pointer = harness.I64, harness.POINTER
+    functions = {
+        "sl_fill": [pointer] * 6 + [i64, i64, harness.BOOL, pointer],
+        "sl_product": [harness.INT] + [pointer] * 4 + [i64] + [pointer] * 3 + [i64] * 4 + [pointer],
+    }
+    return harness.load("library_sparse_half.cpp", functions, kernels="sparse_linear_half")
 
 
 @pytest.fixture
@@ -206,28 +192,9 @@ def test_bad_calls_are_refused(library):
 # ---- ThreadSanitizer: one host thread per CUDA thread ----
 
 
-def barriers():
-    for number, line in enumerate(SOURCE.read_text().splitlines(), 1):
-        if "__syncthreads()" in line:
-            yield f"{SOURCE.name}:{number}"
-    header = SOURCE.with_name("tensor_core.cuh")
-    for number, line in enumerate(header.read_text().splitlines(), 1):
-        if re.search(r"host_cuda::cp_async_wait", line):
-            yield f"{header.name}:{number}"
-
-
 @pytest.fixture(scope="module")
 def race_check():
-    """Runs the check, without one barrier if told so; returns the exit status and what was printed."""
-    flags = ("-O1", "-fsanitize=thread", "-DHOST_CUDA_THREADS")
-    program = load_builder().build("race_check_sparse_half.cpp", *flags, kernels="sparse_linear_half")
-
-    def run(without=""):
-        environment = os.environ | {"HOST_CUDA_DROP_BARRIER": without, "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
-        done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300, check=False)
-        return done.returncode, done.stdout + done.stderr
-
-    return run
+    return harness.race_check("race_check_sparse_half.cpp", kernels="sparse_linear_half")
 
 
 def test_no_races(race_check):
@@ -235,11 +202,6 @@ def test_no_races(race_check):
     assert status == 0, output
 
 
-@pytest.mark.parametrize("site", list(barriers()))
+@pytest.mark.parametrize("site", list(harness.barriers("sparse_linear_half.cu", "tensor_core.cuh")))
 def test_every_barrier_is_needed(race_check, site):
-    """Without any one of its barriers the kernel has a data race; without its wait, x never comes."""
-    status, output = race_check(without=site)
-    if site.startswith("tensor_core"):
-        assert status == 1 and "wrong" in output, f"{status}\n{output}"
-    else:
-        assert status == 66 and "data race" in output, f"{status}\n{output}"
+    harness.check_is_needed(race_check, site)

@@ -2,21 +2,19 @@
 //
 //   1. A stratified sample of keys brackets the key of the last survivor: [lo, hi) at 4.5 sigma.
 //   2. mark: one pass over all tensors through a table of pointers. It writes every mask word as key >= hi, counts,
-//   looks for
-//      NaN, and appends the few keys inside the bracket, with their positions, to a pool.
+//      looks for NaN, and appends the few keys inside the bracket, with their positions, to a pool.
 //   3. The last survivor is found exactly in the pool (narrow_pool) and the bits from there on are set (set_picked).
-//   4. Where the bracket was missed, or holds more keys than the pool (heavy ties), the exact counts say in which range
-//   the
-//      last survivor lies: histograms of the weights narrow it down to one key (narrow_weights), and the keys equal to
-//      it are taken lowest position first by counting them per chunk (mark_above, scan_ties, mark_ties).
+//   4. Where the bracket was missed, or holds more keys than the pool (heavy ties), the exact counts say in which
+//      range the last survivor lies: histograms of the weights narrow it down to one key (narrow_weights), and the
+//      keys equal to it are taken lowest position first by counting them per chunk (mark_above, scan_ties, mark_ties).
 //
 // The host never waits: every step is launched, and the steps that are not needed return at once. So a call can be
 // captured in a CUDA graph. Results do not depend on the order in which blocks run: what is appended in any order is
 // made unique by its position, and everything else is a sum.
 //
-// Keys are float bits made monotonic: 32 bits for lists without float64 (float16 and bfloat16 widen exactly), else 64.
-// A position is 32 * (word in all masks, each tensor's words padded to whole tiles of 32) + bit: the order of flat
-// indices.
+// Keys are float bits made monotonic: 32 bits for lists without float64 (float16 and bfloat16 widen exactly), else
+// 64. A position is 32 * (word in all masks, each tensor's words padded to whole tiles of 32) + bit: the order of
+// flat indices.
 #include <cmath>
 #include <limits>
 #include <vector>

@@ -7,6 +7,9 @@
 #include "../common.h"
 #include "half.cuh"
 #include "launch.cuh"
+#ifdef HOST_CUDA
+#include "host_tensor_core.h"
+#endif
 
 namespace sl::cuda {
 namespace {

@@ -5,23 +5,12 @@
 
 #include "bitmask.h"
 #include "global_topk.h"
+#include "guarded.h"
 #include "launch.cuh"
 
 namespace {
 
-std::string message;
 host_cuda::Graph graph;
-
-template <class F>
-const char* guarded(const F& f) {
-  try {
-    f();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
 
 // ---- kernels that are wrong on purpose: does the harness notice? ----
 

@@ -1,28 +1,15 @@
 // decode_linear and the wrappers of tensor-core instructions as a shared library, for tests/test_host_cuda_decode.py.
 // Every function returns the message of what it threw, or null.
 #include <algorithm>
-#include <string>
 #include <vector>
 
 #include "decode_linear.h"
+#include "guarded.h"
 #include "half.cuh"
 #include "launch.cuh"
 #include "tensor_core.cuh"
 
 namespace {
-
-std::string message;
-
-template <class F>
-const char* guarded(const F& f) {
-  try {
-    f();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
 
 // One warp; lane l reads the row that starts at element offsets[l] of 1024 in shared memory.
 __global__ void load_matrices(const uint16_t* in, const int32_t* offsets, bool transposed, uint32_t* out) {

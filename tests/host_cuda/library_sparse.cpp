@@ -1,26 +1,9 @@
 // csrc/cuda/sparse_linear.cu on host fibers as a shared library, for tests/test_host_cuda_sparse.py (ctypes). Every
 // function returns the message of what it threw, or null.
-#include <string>
 
+#include "guarded.h"
 #include "launch.cuh"
 #include "sparse_linear.h"
-
-namespace {
-
-std::string message;
-
-template <class F>
-const char* guarded(const F& f) {
-  try {
-    f();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
-
-}  // namespace
 
 extern "C" {
 
