@@ -41,6 +41,12 @@ def test_measures():
         claims.points_over(0.05)(FOUND)
 
 
+def test_a_ticket_is_chosen_on_validation_data():
+    pairs = ((1.0, 0.99, 0.6), (0.5, 0.7, 0.62), (0.2, 0.71, 0.61), (0.1, 0.5, 0.9))
+    levels = [level(d, ticket={"validation_accuracy": v, "test_accuracy": t}) for d, v, t in pairs]
+    assert claims.chosen_points_over_dense()({"imp": {"levels": levels}}) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     "side, expected, tolerance, holds",
     [("most", 0.7, 0.1, True), ("most", 0.62, 0.1, False), ("least", 0.8, 0.1, True), ("least", 0.9, 0.1, False)],

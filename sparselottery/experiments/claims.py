@@ -92,6 +92,17 @@ def points_between(one: Measure, other: Measure) -> Measure:
     return lambda found: one(found) - other(found)
 
 
+def chosen_points_over_dense(figure="test_accuracy", run: str | None = None) -> Measure:
+    """Accuracy of the ticket that is best on validation data, in percentage points over the dense network."""
+
+    def measure(found):
+        dense, *tickets = levels_of(found, run)
+        chosen = max(tickets, key=lambda level: level["ticket"]["validation_accuracy"]["mean"])
+        return 100 * (chosen["ticket"][figure]["mean"] - dense["ticket"][figure]["mean"])
+
+    return measure
+
+
 def best_points_over_dense(figure="test_accuracy", run: str | None = None) -> Measure:
     """The best ticket's accuracy, in percentage points over the dense network."""
 
