@@ -158,6 +158,22 @@ def test_overlap_by_hand_and_where_nothing_is_kept():
     assert found["b"]["jaccard"] is None and found["b"]["z"] is None and found["b"]["distance"]["mean"] == 0
 
 
+def test_whole_units_are_no_independent_draws():
+    """Two random choices of 10 of 40 channels: one in common more or less moves 50 weights at once."""
+    found, same = [], random_masks(0)["b"]
+    for seed in (0, 1):
+        channels = torch.randperm(40, generator=torch.Generator().manual_seed(seed))[:10]
+        kept = torch.zeros(40, 50, dtype=torch.bool)
+        kept[channels[:, None], torch.arange(5, 45)] = True
+        found.append({"a": Mask.from_dense(kept), "b": same})
+    overlap = stability.overlap(found)
+    assert overlap["a"]["z"] is None and overlap[stability.ALL]["z"] is None and overlap["b"]["z"]["mean"] > 10
+    assert overlap["a"]["jaccard_by_chance"]["mean"] == pytest.approx((400 / 5) / (800 - 400 / 5))
+    line = stability.line(linear(1.0), linear(3.0), X, Y, steps=3)
+    shown = stability.numbers({"dense": [line] * 2, "ticket": [line] * 2}, found, {**ABOUT, "seeds": [0, 1]})
+    assert "of tickets that keep whole units" in stability.figures(shown)[1].caption
+
+
 def test_one_seed_has_no_overlap_but_a_barrier():
     line = stability.line(linear(1.0), linear(3.0), X, Y, steps=3)
     numbers = stability.numbers({"dense": [line], "ticket": [line]}, [random_masks(0)], ABOUT)

@@ -159,7 +159,8 @@ def overlap(tickets: Sequence[Mapping[str, Mask]]) -> dict | None:
     Returns:
         layer -> {"distance", "jaccard": statistics over the pairs, "distance_by_chance", "jaccard_by_chance": means, "z": how
         many standard deviations the common weights lie above chance, mean over the pairs}; "all layers" too. Pairs share seeds,
-        so these statistics have no interval, only means and values. None where nothing is defined (no weights).
+        so these statistics have no interval, only means and values. None where nothing is defined: no weights; "z" where whole
+        units are kept, whose weights are no independent draws.
 
     Raises:
         ValueError: masks of different layers or shapes.
@@ -189,8 +190,19 @@ def _pair(a: Mask, b: Mask) -> dict:
         "n2": n2,
         "common": common,
         "expected": n1 * n2 / n if n else 0.0,
-        "variance": n1 * n2 * (n - n1) * (n - n2) / (n * n * (n - 1)) if n > 1 else 0.0,
+        "variance": math.nan if _of_units(a) and _of_units(b) else _variance(n, n1, n2),
     }
+
+
+def _variance(n: int, n1: int, n2: int) -> float:
+    return n1 * n2 * (n - n1) * (n - n2) / (n * n * (n - 1)) if n > 1 else 0.0
+
+
+def _of_units(mask: Mask) -> bool:
+    """Whether it keeps all weights between some outputs and some inputs: then they do not come and go one by one."""
+    rows = mask.to_dense().flatten(1) if len(mask.shape) > 1 else mask.to_dense()[None]
+    kept = rows.any(1)
+    return min(rows.shape) > 1 and 0 < mask.count < mask.numel and bool((rows == kept[:, None] & rows.any(0)).all())
 
 
 def _measures(pair: Mapping) -> dict:
@@ -313,5 +325,7 @@ def _overlaps(numbers) -> Figure:
         f"What the tickets of two seeds keep in common at {100 * numbers['density']:.1f} % density: mean of {pairs} pair"
         f"{'s' * (pairs > 1)} of seeds. Chance: random masks with as many weights in every layer."
     )
+    if layers[ALL]["z"] is None:
+        caption += " No deviations are given of tickets that keep whole units."
     size = (WIDTH, max(2.2, 1.1 + 0.3 * len(names)))
     return Figure("mask_overlap", "Mask overlap across seeds", caption, render(draw, size), header, rows)
