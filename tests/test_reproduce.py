@@ -68,7 +68,8 @@ def levels_of(run):
             if isinstance(module, nn.Linear | nn.Conv2d)
         }
     total = sum(size for size, _ in sizes.values())
-    figures = {name: {"mean": 0.9} for name in ("early_stop_iteration", "test_accuracy", "final_test_accuracy")}
+    names = ("early_stop_iteration", "test_accuracy", "final_test_accuracy", "validation_accuracy")
+    figures = {name: {"mean": 0.9} for name in names}
     if isinstance(run, hparams.OneShot):
         densities = [1.0, *run.densities]
     elif run.scope == "global":
