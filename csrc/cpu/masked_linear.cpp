@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -15,6 +16,7 @@
 #include <new>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "common.h"
@@ -33,6 +35,7 @@ constexpr int64_t kSamples = 64;         // words, weights and dead gradients th
 constexpr int64_t kRowTile = 2;          // vectors of batch up to which dW is computed row by row
 constexpr int64_t kDense = -1;           // as a tile: the loops for a few samples, whatever batch and density
 constexpr int64_t kSmallBatch = 64;      // that these loops were made for
+constexpr int64_t kThin = 2;             // vectors of batch up to which panels hold more features
 constexpr double kFewInALine = 0.05;     // density from which on most cache lines hold a survivor
 
 struct Kernels {
@@ -119,11 +122,14 @@ int64_t block_for(int64_t lines) {
 
 struct MaskedLinearPlan::Impl : Survivors {
   bool packed;
-  Order panelled, whole;           // rows, for batches and for a single sample
-  Order transposed;                // columns
-  Array<uint32_t> where;           // [count]: where a survivor of the row order stands in `transposed`
-  Array<uint32_t> panelled_where;  // [count]: and where in `panelled`
-  std::vector<uint32_t> words;     // the mask, once a few samples have come
+  // An order, and where each survivor, row by row, stands in it.
+  struct Placed : Order {
+    Array<uint32_t> where;  // [count]
+  };
+  Placed wide, thin;            // rows, for batches of more than kThin vectors and of fewer
+  Order whole;                  // rows, for a single sample
+  Placed transposed;            // columns
+  std::vector<uint32_t> words;  // the mask, once a few samples have come
   std::vector<uint32_t> sample_word, sample_bits;
   std::vector<uint64_t> sample_weight, sample_dead;
   std::vector<float> sample_value;
@@ -143,7 +149,7 @@ struct MaskedLinearPlan::Impl : Survivors {
     if (same) return;
     weight = {now.data, now.half};
     weight_version = now.version;
-    panelled.has_values = whole.has_values = transposed.has_values = has_sample = false;
+    wide.has_values = thin.has_values = whole.has_values = transposed.has_values = has_sample = false;
   }
 
   const uint32_t* mask() {
@@ -209,14 +215,17 @@ struct MaskedLinearPlan::Impl : Survivors {
     sample();
   }
 
-  // Values for the batched forward and, if a backward has been here before, for the next one too: the dense weight is
+  // Values for a batched pass. They are gathered for the other orders that have been in use too: the dense weight is
   // read once, row by row, which for a large one costs more than anything done to its survivors.
-  void gather(bool forward, bool backward) {
-    forward = forward && !panelled.has_values;
-    backward = backward && !transposed.has_values;
-    if (!forward && !backward) return;
-    float* rows_value = panelled.value.get();
-    float* columns_value = transposed.value.get();
+  void gather(const Order& wanted) {
+    if (wanted.has_values) return;
+    std::array<std::pair<float*, const uint32_t*>, 3> targets;
+    size_t count_of_targets = 0;
+    for (Placed* order : {&wide, &thin, &transposed}) {
+      if (order->layout.blocks == 0 || order->has_values) continue;
+      targets[count_of_targets++] = {order->value.get(), order->where.get()};
+      order->has_values = true;
+    }
     const uint32_t survivors = count();
     const int threads = thread_count(survivors);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -224,12 +233,9 @@ struct MaskedLinearPlan::Impl : Survivors {
       for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) {
         if (!packed && k + kAhead < survivors) weight.prefetch(position[k + kAhead]);
         const float v = weight[packed ? k : position[k]];
-        if (forward) rows_value[panelled_where[k]] = v;
-        if (backward) columns_value[where[k]] = v;
+        for (size_t t = 0; t < count_of_targets; t++) targets[t].first[targets[t].second[k]] = v;
       }
     }
-    panelled.has_values = panelled.has_values || forward;
-    transposed.has_values = transposed.has_values || backward;
     sample();
   }
 
@@ -248,7 +254,8 @@ struct MaskedLinearPlan::Impl : Survivors {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) {
       if (!packed) std::memset(dw + i * columns, 0, columns * sizeof(uint16_t));
-      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) dw[packed ? k : position[k]] = to_half(compact[where[k]]);
+      for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++)
+        dw[packed ? k : position[k]] = to_half(compact[transposed.where[k]]);
     }
   }
 
@@ -258,12 +265,12 @@ struct MaskedLinearPlan::Impl : Survivors {
     if (packed) {
       const int threads = thread_count(count());
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-      for (int64_t k = 0; k < count(); k++) dw[k] = compact[where[k]];
+      for (int64_t k = 0; k < count(); k++) dw[k] = compact[transposed.where[k]];
       return;
     }
     const auto put = [&](int64_t i, float* target) {
       for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) {
-        target[position[k]] = compact[where[k]];
+        target[position[k]] = compact[transposed.where[k]];
       }
     };
     const bool streams = can_stream(dw);
@@ -286,7 +293,8 @@ struct MaskedLinearPlan::Impl : Survivors {
           continue;
         }
         const int64_t first = i * columns;
-        for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) scratch[position[k] - first] = compact[where[k]];
+        for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++)
+          scratch[position[k] - first] = compact[transposed.where[k]];
         stream(scratch.data(), dw + first);
         for (uint32_t k = offsets[i]; k < offsets[i + 1]; k++) scratch[position[k] - first] = 0;
       }
@@ -382,13 +390,15 @@ void MaskedLinearPlan::forward(const Weight& weight, const float* x, int64_t x_s
     kernels(std::numeric_limits<int64_t>::max()).vector({m.whole.layout, x, bias, y, gathers(), threads, relu});
     return;
   }
-  if (m.panelled.layout.blocks == 0) m.build_rows(m.panelled, block_for(m.rows), m.panel(), &m.panelled_where);
-  m.gather(true, m.transposed.layout.blocks > 0);
+  const bool is_thin = batch <= kThin * k.width;
+  Impl::Placed& order = is_thin ? m.thin : m.wide;
+  if (order.layout.blocks == 0) m.build_rows(order, block_for(m.rows), m.row_panel(is_thin), &order.where);
+  m.gather(order);
   in_tiles(k, batch, tile, [&](int64_t first, int64_t count, int64_t vectors) {
     float* x_tile = workspace.x.reserve(m.columns * vectors * k.width);
     float* y_tile = workspace.y.reserve(m.rows * vectors * k.width);
-    k.forward({m.panelled.layout, count, vectors, x + first * x_stride, x_stride, bias, y + first * m.rows, x_tile,
-               y_tile, threads, relu});
+    k.forward({order.layout, count, vectors, x + first * x_stride, x_stride, bias, y + first * m.rows, x_tile, y_tile,
+               threads, relu});
   });
 }
 
@@ -410,9 +420,9 @@ void MaskedLinearPlan::backward(const Weight& weight, const float* grad, int64_t
   const bool by_rows =
       dw != nullptr && !m.packed && batch > 0 && batch <= kRowTile * k.width && tile == 0 && !m.can_stream(dw);
   if ((dx != nullptr || !by_rows) && m.transposed.layout.blocks == 0) {
-    m.build_columns(m.transposed, block_for(m.columns), m.where);
+    m.build_columns(m.transposed, block_for(m.columns), m.transposed.where);
   }
-  if (dx != nullptr) m.gather(false, true);
+  if (dx != nullptr) m.gather(m.transposed);
   SparseLayout columns = m.transposed.layout;
   if (dx == nullptr && by_rows) {  // no walk, only packing
     columns = SparseLayout{};

@@ -2,19 +2,18 @@
 //
 // Forward: x is turned into [feature][batch lane] tiles; a row of Y is then a sum of scaled feature vectors, one load
 // per multiply-add. Backward walks the columns with x_j and dX_j in registers: each dY_i is loaded once and feeds both
-// dX_j and the survivor's dW_ij, whose lanes are summed kWidth survivors at a time out of a small ring. Each output
-// element is computed by one thread, in an order that does not depend on how many threads there are.
+// dX_j and the survivor's dW_ij, whose lanes are summed four survivors at a time. Each output element is computed by
+// one thread, in an order that does not depend on how many threads there are.
 #include "masked_linear_simd.h"
 
+#include "masked_linear_sums.h"
+#include "masked_linear_tiles.h"
 #include "simd.h"
 
 namespace sl::cpu::SL_ISA {
 namespace {
 
-constexpr int64_t kPackFeatures = 64;  // features that one thread turns at a time
-constexpr int kRing = 64;              // survivors whose dW lanes wait to be summed; a power of two
-
-SL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t kPackFeatures = 256;  // features that one thread turns at a time
 
 // The address as the compiler must see it: computed once, then used with constant offsets.
 SL_INLINE const float* opaque(const float* p) {
@@ -22,113 +21,61 @@ SL_INLINE const float* opaque(const float* p) {
   return p;
 }
 
-// rows [first, first + count) of a row-major matrix, features [from, to) -> tile [feature][T * kWidth]; missing rows
-// are zeros. `sums` (may be null) receives += the features' sums over the rows.
-template <int T>
-void pack(const float* matrix, int64_t stride, int64_t first, int64_t count, int64_t from, int64_t to, float* tile,
-          float* sums) {
-  for (int g = 0; g < T; g++) {
-    const int64_t left = count - g * kWidth;
-    const int rows = left <= 0 ? 0 : (int)smaller(left, kWidth);
-    const float* source = matrix + (first + g * kWidth) * stride;
-    for (int64_t k = from; k < to; k += kWidth) {
-      const int features = (int)smaller(kWidth, to - k);
-      float* out = tile + k * (T * kWidth) + g * kWidth;
-      V r[kWidth];
-      if (rows == kWidth && features == kWidth) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; i++) r[i] = load(source + i * stride + k);
-      } else {
-        for (int i = 0; i < kWidth; i++) r[i] = i < rows ? load(source + i * stride + k, features) : zero();
-      }
-      if (sums != nullptr) {
-        V s = r[0];
-#pragma GCC unroll 16
-        for (int i = 1; i < kWidth; i++) s = add(s, r[i]);
-        if (features == kWidth) {
-          store(sums + k, add(load(sums + k), s));
-        } else {
-          store(sums + k, add(load(sums + k, features), s), features);
-        }
-      }
-      transpose(r);
-      if (features == kWidth) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; i++) store(out + i * (T * kWidth), r[i]);
-      } else {
-        for (int i = 0; i < features; i++) store(out + i * (T * kWidth), r[i]);
-      }
-    }
-  }
+// Four values, and each of them in all lanes: one load, and shuffles where a broadcast takes the place of a load.
+#if defined(SL_ISA_AVX512)
+SL_INLINE V four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+template <int U>
+SL_INLINE V lane(V v, const float*) {
+  return _mm512_permute_ps(v, U * 0x55);
 }
+#elif defined(SL_ISA_AVX2)
+SL_INLINE V four(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
+template <int U>
+SL_INLINE V lane(V v, const float*) {
+  return _mm256_permute_ps(v, U * 0x55);
+}
+#else
+SL_INLINE V four(const float*) { return zero(); }
+template <int U>
+SL_INLINE V lane(V, const float* p) {
+  return set1(p[U]);
+}
+#endif
 
-// The way back: features [from, to) of a tile -> rows [first, first + count) of a row-major matrix.
 template <int T>
-void unpack(const float* tile, int64_t from, int64_t to, float* matrix, int64_t stride, int64_t first, int64_t count) {
-  for (int g = 0; g < T; g++) {
-    const int64_t left = count - g * kWidth;
-    const int rows = left <= 0 ? 0 : (int)smaller(left, kWidth);
-    if (rows == 0) break;
-    float* target = matrix + (first + g * kWidth) * stride;
-    for (int64_t k = from; k < to; k += kWidth) {
-      const int features = (int)smaller(kWidth, to - k);
-      const float* in = tile + k * (T * kWidth) + g * kWidth;
-      V r[kWidth];
-      if (features == kWidth) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; i++) r[i] = load(in + i * (T * kWidth));
-      } else {
-        for (int i = 0; i < kWidth; i++) r[i] = i < features ? load(in + i * (T * kWidth)) : zero();
-      }
-      transpose(r);
-      if (rows == kWidth && features == kWidth) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; i++) store(target + i * stride + k, r[i]);
-      } else {
-        for (int i = 0; i < rows; i++) store(target + i * stride + k, r[i], features);
-      }
-    }
-  }
+SL_INLINE void add_feature(V w, const float* x, uint16_t index, V* sum) {
+  const float* f = opaque(x + (int64_t)index * (T * kWidth));
+#pragma GCC unroll 8
+  for (int t = 0; t < T; t++) sum[t] = fma(w, load(f + t * kWidth), sum[t]);
 }
 
 // a[t] += sum over survivors [s, e) of value * x[index]. Several sums run side by side, so that the multiply-adds of
 // one do not wait for each other.
 template <int T>
 SL_INLINE void accumulate(const uint16_t* index, const float* value, uint32_t s, uint32_t e, const float* x, V* a) {
-  constexpr int U = T == 1 ? 8 : T == 2 ? 4 : (T <= 4 || (T == 5 && kMaxTile == 8)) ? 2 : 1;
+  constexpr int U = T <= 2 ? 4 : (T <= 4 || (T == 5 && kMaxTile == 8)) ? 2 : 1;
   V b[U][T];
-#pragma GCC unroll 8
-  for (int t = 0; t < T; t++) b[0][t] = a[t];
-#pragma GCC unroll 8
-  for (int u = 1; u < U; u++) {
+#pragma GCC unroll 4
+  for (int u = 0; u < U; u++) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) b[u][t] = zero();
   }
   uint32_t k = s;
-  for (; k + U <= e; k += U) {
-#pragma GCC unroll 8
-    for (int u = 0; u < U; u++) {
-      const V w = set1(value[k + u]);
-      const float* f = opaque(x + (int64_t)index[k + u] * (T * kWidth));
-#pragma GCC unroll 8
-      for (int t = 0; t < T; t++) b[u][t] = fma(w, load(f + t * kWidth), b[u][t]);
-    }
+  for (; k + 4 <= e; k += 4) {
+    const V w = four(value + k);
+    add_feature<T>(lane<0>(w, value + k), x, index[k], b[0]);
+    add_feature<T>(lane<1>(w, value + k), x, index[k + 1], b[1 % U]);
+    add_feature<T>(lane<2>(w, value + k), x, index[k + 2], b[2 % U]);
+    add_feature<T>(lane<3>(w, value + k), x, index[k + 3], b[3 % U]);
   }
-  if (U > 1) {
-    for (; k < e; k++) {
-      const V w = set1(value[k]);
-      const float* f = opaque(x + (int64_t)index[k] * (T * kWidth));
-#pragma GCC unroll 8
-      for (int t = 0; t < T; t++) b[0][t] = fma(w, load(f + t * kWidth), b[0][t]);
-    }
-  }
-#pragma GCC unroll 8
+  for (; k < e; k++) add_feature<T>(set1(value[k]), x, index[k], b[0]);
+#pragma GCC unroll 4
   for (int u = 1; u < U; u++) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) b[0][t] = add(b[0][t], b[u][t]);
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < T; t++) a[t] = b[0][t];
+  for (int t = 0; t < T; t++) a[t] = add(a[t], b[0][t]);
 }
 
 template <int T>
@@ -184,32 +131,74 @@ void forward(const ForwardArgs& a) {
   }
 }
 
-// Sums waiting survivors [done, upto) in groups of kWidth; `last`: also the incomplete group. Returns the new `done`.
-SL_INLINE uint32_t flush(const float* ring, float* dw, uint32_t done, uint32_t upto, bool add_to, bool last) {
-  while (upto - done >= (uint32_t)kWidth || (last && upto > done)) {
-    const int n = (int)smaller(kWidth, upto - done);
-    V r[kWidth];
-#pragma GCC unroll 16
-    for (int u = 0; u < kWidth; u++) r[u] = load(ring + ((done + u) & (kRing - 1)) * kWidth);
-    V v = row_sums(r);
-    if (n == kWidth) {
-      if (add_to) v = add(v, load(dw + done));
-      store(dw + done, v);
+// One survivor of a column: its part of dX_j into g, the lanes of its dW left in the result.
+template <int T, bool DX>
+SL_INLINE V survivor(const float* grad, uint16_t index, float value, const V* x, V* g) {
+  const V w = set1(value);
+  const float* d = opaque(grad + (int64_t)index * (T * kWidth));
+  V even = zero(), odd = zero();
+#pragma GCC unroll 8
+  for (int t = 0; t < T; t++) {
+    const V dy = load(d + t * kWidth);
+    if (DX) g[t] = fma(w, dy, g[t]);
+    if (t == 0) {
+      even = mul(dy, x[0]);
+    } else if (t == 1) {
+      odd = mul(dy, x[1]);
+    } else if (t & 1) {
+      odd = fma(dy, x[t], odd);
     } else {
-      if (add_to) v = add(v, load(dw + done, n));
-      store(dw + done, v, n);
+      even = fma(dy, x[t], even);
     }
-    done += n;
   }
-  return done;
+  return T > 1 ? add(even, odd) : even;
+}
+
+// Survivors [s, e) of a column: g += dX_j, dw[s .. e) = or += their gradients, four at a time.
+template <int T, bool DX>
+SL_INLINE void both(const SparseLayout& m, uint32_t s, uint32_t e, const float* grad, const V* x, V* g, float* dw,
+                    bool add_to) {
+  constexpr int U = T == 1 ? 4 : T == 2 ? 2 : 1;  // sums side by side, as in `accumulate`
+  const uint16_t* index = m.index;
+  const float* value = m.value;
+  V b[U][T], r[4];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; t++) b[0][t] = g[t];
+#pragma GCC unroll 4
+  for (int u = 1; u < U; u++) {
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) b[u][t] = zero();
+  }
+  uint32_t k = s;
+  for (; k + 4 <= e; k += 4) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; u++) r[u] = survivor<T, DX>(grad, index[k + u], value[k + u], x, b[u % U]);
+    Quad sums = quad_sums(r);
+    if (add_to) sums = add_quads(sums, load_quad(dw + k));
+    store_quad(dw + k, sums);
+  }
+  if (k < e) {
+    const int n = (int)(e - k);
+    r[0] = survivor<T, DX>(grad, index[k], value[k], x, b[0]);
+    r[1] = n > 1 ? survivor<T, DX>(grad, index[k + 1], value[k + 1], x, b[0]) : zero();
+    r[2] = n > 2 ? survivor<T, DX>(grad, index[k + 2], value[k + 2], x, b[0]) : zero();
+    r[3] = zero();
+    alignas(16) float sums[4];
+    store_quad(sums, quad_sums(r));
+    for (int u = 0; u < n; u++) dw[k + u] = add_to ? dw[k + u] + sums[u] : sums[u];
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; t++) {
+    g[t] = b[0][t];
+#pragma GCC unroll 4
+    for (int u = 1; u < U; u++) g[t] = add(g[t], b[u][t]);
+  }
 }
 
 template <int T, bool DX, bool DW>
 void backward_block(const BackwardArgs& a, int64_t block, bool first_tile) {
   const SparseLayout& m = a.columns;
   const int64_t first = block * m.block, lines = smaller(m.block, m.lines - first);
-  alignas(64) float ring[kRing * kWidth];
-  uint32_t done = m.begin[first * m.panels];
   for (int64_t p = 0; p < m.panels; p++) {
     const float* grad = a.g_tile + p * m.panel * (T * kWidth);
     const int64_t segment = first * m.panels + p * lines;
@@ -218,39 +207,15 @@ void backward_block(const BackwardArgs& a, int64_t block, bool first_tile) {
       if (s == e && (!DX || p > 0)) continue;
       const int64_t at = (int64_t)m.line[r] * (T * kWidth);
       V g[T], x[T];
-      if (DX) {
 #pragma GCC unroll 8
-        for (int t = 0; t < T; t++) g[t] = p == 0 ? zero() : load(a.dx_tile + at + t * kWidth);
+      for (int t = 0; t < T; t++) {
+        g[t] = !DX || p == 0 ? zero() : load(a.dx_tile + at + t * kWidth);
+        if (DW) x[t] = load(a.x_tile + at + t * kWidth);
       }
       if (DW) {
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t++) x[t] = load(a.x_tile + at + t * kWidth);
-      }
-      for (uint32_t k = s; k < e;) {
-        const uint32_t stop = DW ? (uint32_t)smaller(e, (int64_t)done + kRing) : e;
-        for (; k < stop; k++) {
-          const V w = set1(m.value[k]);
-          const float* d = opaque(grad + (int64_t)m.index[k] * (T * kWidth));
-          V even = zero(), odd = zero();
-#pragma GCC unroll 8
-          for (int t = 0; t < T; t++) {
-            const V dy = load(d + t * kWidth);
-            if (DX) g[t] = fma(w, dy, g[t]);
-            if (DW) {
-              if (t == 0) {
-                even = mul(dy, x[0]);
-              } else if (t == 1) {
-                odd = mul(dy, x[1]);
-              } else if (t & 1) {
-                odd = fma(dy, x[t], odd);
-              } else {
-                even = fma(dy, x[t], even);
-              }
-            }
-          }
-          if (DW) store(ring + (k & (kRing - 1)) * kWidth, T > 1 ? add(even, odd) : even);
-        }
-        if (DW) done = flush(ring, a.dw, done, k, !first_tile, false);
+        both<T, DX>(m, s, e, grad, x, g, a.dw, !first_tile);
+      } else if (DX) {
+        accumulate<T>(m.index, m.value, s, e, grad, g);
       }
       if (DX) {
 #pragma GCC unroll 8
@@ -258,7 +223,6 @@ void backward_block(const BackwardArgs& a, int64_t block, bool first_tile) {
       }
     }
   }
-  if (DW) flush(ring, a.dw, done, m.begin[(first + lines) * m.panels], !first_tile, true);
 }
 
 template <int T, bool DX, bool DW>
@@ -329,107 +293,19 @@ void weight(const WeightArgs& a) {
     for (int t = 0; t < T; t++) g[t] = load(a.g_tile + (i * T + t) * kWidth);
     const int64_t first = i * a.columns;
     const uint32_t end = a.offsets[i + 1];
-    for (uint32_t k = a.offsets[i]; k < end; k += kWidth) {
-      const int n = (int)smaller(kWidth, end - k);
-      V r[kWidth];
-#pragma GCC unroll 16
-      for (int u = 0; u < kWidth; u++) {
-        if (u >= n) {
-          r[u] = zero();
-          continue;
-        }
-        const float* x = a.x_tile + (a.position[k + u] - first) * (T * kWidth);
+    for (uint32_t k = a.offsets[i]; k < end; k += 4) {
+      const int n = (int)smaller(4, end - k);
+      V r[4];
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; u++) {
+        const float* x = a.x_tile + (a.position[u < n ? k + u : k] - first) * (T * kWidth);
         r[u] = mul(g[0], load(x));
 #pragma GCC unroll 8
         for (int t = 1; t < T; t++) r[u] = fma(g[t], load(x + t * kWidth), r[u]);
       }
-      alignas(64) float sums[kWidth];
-      store(sums, row_sums(r));
+      alignas(16) float sums[4];
+      store_quad(sums, quad_sums(r));
       for (int u = 0; u < n; u++) a.dw[a.position[k + u]] = sums[u];
-    }
-  }
-}
-
-#if defined(SL_ISA_AVX512) || defined(SL_ISA_AVX2)
-// x at eight places, by loads of one element each.
-SL_INLINE __m256 pick(const float* x, const uint16_t* index) {
-  uint64_t low, high;
-  memcpy(&low, index, 8);
-  memcpy(&high, index + 4, 8);
-  const auto four = [x](uint64_t i) __attribute__((always_inline)) {
-    __m128 v = _mm_load_ss(x + (uint16_t)i);
-    v = _mm_insert_ps(v, _mm_load_ss(x + (uint16_t)(i >> 16)), 0x10);
-    v = _mm_insert_ps(v, _mm_load_ss(x + (uint16_t)(i >> 32)), 0x20);
-    return _mm_insert_ps(v, _mm_load_ss(x + (uint16_t)(i >> 48)), 0x30);
-  };
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(four(low)), four(high), 1);
-}
-
-SL_INLINE float dot_loads(const uint16_t* index, const float* value, uint32_t s, uint32_t e, const float* x) {
-  __m256 a = _mm256_setzero_ps(), b = a;
-  uint32_t k = s;
-  for (; k + 16 <= e; k += 16) {
-    a = _mm256_fmadd_ps(pick(x, index + k), _mm256_loadu_ps(value + k), a);
-    b = _mm256_fmadd_ps(pick(x, index + k + 8), _mm256_loadu_ps(value + k + 8), b);
-  }
-  if (k + 8 <= e) {
-    a = _mm256_fmadd_ps(pick(x, index + k), _mm256_loadu_ps(value + k), a);
-    k += 8;
-  }
-  a = _mm256_add_ps(a, b);
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  sum = _mm_add_ss(sum, _mm_movehdup_ps(sum));
-  for (; k < e; k++) sum = _mm_fmadd_ss(_mm_load_ss(x + index[k]), _mm_load_ss(value + k), sum);
-  return _mm_cvtss_f32(sum);
-}
-#else
-SL_INLINE float dot_loads(const uint16_t* index, const float* value, uint32_t s, uint32_t e, const float* x) {
-  float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  uint32_t k = s;
-  for (; k + 8 <= e; k += 8) {
-#pragma GCC unroll 8
-    for (int u = 0; u < 8; u++) sum[u] += value[k + u] * x[index[k + u]];
-  }
-  for (; k < e; k++) sum[0] += value[k] * x[index[k]];
-  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-}
-#endif
-
-SL_INLINE float dot_gathers(const uint16_t* index, const float* value, uint32_t s, uint32_t e, const float* x) {
-#if defined(SL_ISA_AVX512)
-  V a = zero(), b = zero();
-  uint32_t k = s;
-  for (; k + 32 <= e; k += 32) {
-    const __m512i i0 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(index + k)));
-    const __m512i i1 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(index + k + 16)));
-    a = fma(_mm512_i32gather_ps(i0, x, 4), load(value + k), a);
-    b = fma(_mm512_i32gather_ps(i1, x, 4), load(value + k + 16), b);
-  }
-  for (; k < e; k += 16) {
-    const int n = (int)smaller(16, e - k);
-    const __mmask16 some = (__mmask16)((1u << n) - 1);
-    const __m512i i0 = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, index + k));
-    a = fma(_mm512_mask_i32gather_ps(zero(), some, i0, x, 4), load(value + k, n), a);
-  }
-  return _mm512_reduce_add_ps(add(a, b));
-#else
-  return dot_loads(index, value, s, e, x);
-#endif
-}
-
-template <bool GATHERS>
-void vector(const VectorArgs& a) {
-  const SparseLayout& m = a.rows;
-#pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
-  for (int64_t block = 0; block < m.blocks; block++) {
-    const int64_t first = block * m.block;
-    for (int64_t r = first; r < smaller(first + m.block, m.lines); r++) {
-      const uint32_t line = m.line[r];
-      const float sum = GATHERS ? dot_gathers(m.index, m.value, m.begin[r], m.begin[r + 1], a.x)
-                                : dot_loads(m.index, m.value, m.begin[r], m.begin[r + 1], a.x);
-      const float y = a.bias != nullptr ? a.bias[line] + sum : sum;
-      a.y[line] = a.relu && y < 0 ? 0 : y;  // NaN stays
     }
   }
 }
@@ -512,7 +388,5 @@ void masked_linear_tile_backward(const BackwardArgs& a) {
 }
 
 void masked_linear_weight(const WeightArgs& a) { return a.tile == 1 ? weight<1>(a) : weight<2>(a); }
-
-void masked_linear_vector(const VectorArgs& a) { return a.gathers ? vector<true>(a) : vector<false>(a); }
 
 }  // namespace sl::cpu::SL_ISA

@@ -33,7 +33,7 @@ class Linear : public Layer {
     column_block_ = block(columns_);
     if (sparse_) {
       Array<uint32_t> in_forward;
-      survivors_.build_rows(forward_, row_block_, survivors_.panel(), &in_forward);
+      survivors_.build_rows(forward_, row_block_, survivors_.row_panel(), &in_forward);
       survivors_.build_columns(backward_, column_block_, place_);
       mirrored_.reserve(weights);
       for (int64_t k = 0; k < weights; k++) mirrored_[place_[k]] = in_forward[k];

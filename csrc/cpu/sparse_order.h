@@ -139,9 +139,15 @@ struct Survivors {
   int64_t count() const { return offsets.back(); }
   double density() const { return static_cast<double>(count()) / std::max<int64_t>(1, rows * columns); }
 
-  // Minors per panel: few enough that their features stay in the first-level cache while a block of lines goes over
-  // them, enough that a line finds a dozen survivors there.
-  int64_t panel() const { return density() > 0.05 ? 256 : 1024; }
+  // Columns per panel of a forward pass: few enough that their features stay near the first-level cache while a block
+  // of rows goes over them, enough that a row finds some 20 survivors there. `thin`: with one or two vectors of batch.
+  int64_t row_panel(bool thin = false) const {
+    const double d = density();
+    return d <= 0.05 ? 1024 : thin ? 512 : d <= 0.3 ? 192 : 128;
+  }
+
+  // Rows per panel of a backward pass: every load feeds two multiply-adds, so that it may come from the second level.
+  int64_t column_panel() const { return density() <= 0.05 ? 1024 : 512; }
 
   // The order of a forward pass. `places` (may be null) receives where each survivor stands in it.
   void build_rows(Order& order, int64_t block, int64_t panel, Array<uint32_t>* places) const {
@@ -168,7 +174,7 @@ struct Survivors {
         row[turned[k]] = static_cast<uint32_t>(i);
       }
     }
-    order.build(columns, rows, block, panel(), starts, row.data(), place.data());
+    order.build(columns, rows, block, column_panel(), starts, row.data(), place.data());
     uint32_t* where = places.reserve(count());
     for (int64_t k = 0; k < count(); k++) where[k] = place[turned[k]];
   }
