@@ -442,7 +442,7 @@ def test_slow_candidates_of_a_gpu_are_not_called_again(monkeypatch):
 
 PRETENDED_PYTHON = """#!/bin/bash
 # Stands for a Python with torch and a GPU: every command of gpu.sh ends at once, or never where MODE=hangs.
-hang() { [ "$MODE" = works ] || { trap '' TERM; while :; do sleep 0.05; done; }; }
+hang() { [ "$MODE" != hangs ] || { trap '' TERM; while :; do sleep 0.05; done; }; }
 case "$*" in
   *get_device_capability*) echo 90 ;;
   *run.py*)
@@ -451,12 +451,14 @@ case "$*" in
     for i in 1 2 3; do echo "row,$i" >>"$4"; done
     hang ;;
   *pytest*) echo "$4 $5 $6 $7"; hang ;;
+  *"-m pip"*) hang; [ "$MODE" != "no pip" ] || { echo "No module named pip"; exit 1; } ;;
+  "setup.py build_ext"*) ls; hang ;;
   *) echo done; hang ;;
 esac
 """
 
 
-@pytest.mark.parametrize("mode", ["hangs", "works"])
+@pytest.mark.parametrize("mode", ["hangs", "works", "no pip"])
 def test_gpu_script_shares_its_time_out(mode, tmp_path):
     """With every stage over its limit, deaf to SIGTERM, the benchmark still has its 150 of 480 seconds and its rows."""
     tools, out, budget = tmp_path / "tools", tmp_path / "out", 12
@@ -476,13 +478,15 @@ def test_gpu_script_shares_its_time_out(mode, tmp_path):
     limit, *rows = (out / "gpu.csv").read_text().split()
     assert rows == ["row,1", "row,2", "row,3"]
     share = float(limit.split(",")[1]) / 0.9 / budget * 480
-    if mode == "works":
+    built = (out / "gpu-build.txt").read_text()
+    assert ("once more, without pip\ncsrc\nsetup.py\n" in built) is (mode == "no pip"), built
+    if mode != "hangs":
         assert done.returncode == 0 and done.stdout.endswith("all green\n")
         assert 150 < share < 480 - 88
     else:
         assert done.returncode == 1 and done.stdout.count("RED: ") == 6 and "bench (over " in done.stdout
         assert 100 < share < 480 - 88 - 220, "a loaded machine takes some of it"
-        assert "without the extension" in (out / "gpu-build.txt").read_text()
+        assert "without the extension" in built
         sanitizer = (out / "gpu-sanitizer.txt").read_text()
         assert "=== memcheck" in sanitizer and "=== racecheck" in sanitizer, "the first one leaves the second its half"
     parts = (out / "gpu-tests.txt").read_text().count("=== part")
