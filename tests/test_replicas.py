@@ -280,6 +280,15 @@ def test_bad_input(make, seeds, error, says):
         trainer().fit_many(make(), seeds=seeds)
 
 
+def test_a_loss_for_each_example_is_refused():
+    together = [lenet(s).double() for s in range(2)]
+    before = copy.deepcopy(together[0].state_dict())
+    fit = trainer(loss=lambda output, y: F.cross_entropy(output, y, reduction="none"))
+    with pytest.raises(TypeError, match=r"loss: expected it to return a scalar tensor, got \[20\]"):
+        fit.fit_many(together, seeds=[0, 1])
+    assert_states(together[0].state_dict(), before, 0)
+
+
 def test_an_optimizer_that_looks_at_whole_tensors():
     fit = trainer(optimizer=torch.optim.LBFGS)
     with pytest.raises(ValueError, match="optimizer: LBFGS is not known to treat every element"):

@@ -225,6 +225,8 @@ class _Loop:
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * factor
             losses = vmap(trainer.loss)(stack.forward(x[chosen], shared=False), y[chosen])
+            if losses.ndim != 1:  # their sum would train
+                raise TypeError(f"loss: expected it to return a scalar tensor, got {list(losses.shape[1:])}")
             optimizer.zero_grad(set_to_none=True)
             losses.sum().backward()  # each replica's parameters see its own loss only
             optimizer.step()
