@@ -139,7 +139,7 @@ SL_INLINE V survivor(const float* grad, uint16_t index, float value, const V* x,
   V even = zero(), odd = zero();
 #pragma GCC unroll 8
   for (int t = 0; t < T; t++) {
-    const V dy = load(d + t * kWidth);
+    const V dy = once(load(d + t * kWidth));
     if (DX) g[t] = fma(w, dy, g[t]);
     if (t == 0) {
       even = mul(dy, x[0]);

@@ -63,7 +63,7 @@ struct SparseForward {
 
   template <int T>
   SL_INLINE void run(int64_t pixel) const {
-    constexpr int U = T == 1 ? 8 : T == 2 ? 4 : T <= 5 ? 2 : 1;  // sums side by side hide the latency
+    constexpr int U = T <= 2 ? 4 : T <= 5 ? 2 : 1;  // sums side by side hide the latency
     const int64_t step = STEP > 0 ? STEP * kWidth : a.in_pixel;
     const float* in = a.in + row * a.in_row + pixel * step;
     float* out = a.out.data + row * a.out.row + pixel * a.out.pixel;
@@ -90,22 +90,21 @@ struct SparseForward {
         for (int t = 0; t < T; t++) sum[u][t] = zero();
       }
       uint32_t k = s;
-      for (; k + U <= e; k += U) {
-#pragma GCC unroll 8
-        for (int u = 0; u < U; u++) {
-          const V w = set1(m.value[k + u]);
+      for (; k + 4 <= e; k += 4) {
+        V w[4];
+        set4(m.value + k, w);
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++) {
           const float* f = opaque(bytes(in, m.place[k + u]));
 #pragma GCC unroll 8
-          for (int t = 0; t < T; t++) sum[u][t] = fma(w, load(f + t * step), sum[u][t]);
+          for (int t = 0; t < T; t++) sum[u % U][t] = fma(w[u], load(f + t * step), sum[u % U][t]);
         }
       }
-      if (U > 1) {
-        for (; k < e; k++) {
-          const V w = set1(m.value[k]);
-          const float* f = opaque(bytes(in, m.place[k]));
+      for (; k < e; k++) {
+        const V w = set1(m.value[k]);
+        const float* f = opaque(bytes(in, m.place[k]));
 #pragma GCC unroll 8
-          for (int t = 0; t < T; t++) sum[0][t] = fma(w, load(f + t * step), sum[0][t]);
-        }
+        for (int t = 0; t < T; t++) sum[0][t] = fma(w, load(f + t * step), sum[0][t]);
       }
 #pragma GCC unroll 8
       for (int u = 1; u < U; u++) {
@@ -169,7 +168,7 @@ struct SparseGradients {
           V even = zero(), odd = zero();
 #pragma GCC unroll 8
           for (int t = 0; t < T; t++) {
-            const V dy = load(d + t * kWidth);
+            const V dy = once(load(d + t * kWidth));
             if (DX) g[t] = fma(w, dy, g[t]);
             if (t == 0) {
               even = mul(dy, x[0]);

@@ -133,14 +133,25 @@ void Blueprint::reserve(Memory& m, int64_t slots, int64_t private_slots, const s
                         bool gradients) const {
   m.node.resize(nodes.size());
   m.slots.resize(nodes.size(), 0);
+  const auto space = [&](size_t i) { return gradients ? nodes[i].gradient : nodes[i].activation; };
+  bool grows = false;
   for (size_t i = gradients && !wants_dx ? 1 : 0; i < nodes.size(); i++) {
-    const Space& space = gradients ? nodes[i].gradient : nodes[i].activation;
-    const bool own = inside[i] && !space.flat;
-    const int64_t wanted = own ? private_slots : space.flat ? (slots + kTile - 1) / kTile * kTile : slots;
-    if (wanted <= m.slots[i]) continue;
-    const int64_t size = wanted * space.group_size(nodes[i].extent) * k.width;
-    std::fill_n(m.node[i].reserve(size), size, 0.f);  // margins stay as they are from here on
-    m.slots[i] = wanted;
+    const bool flat = space(i).flat, own = inside[i] && !flat;
+    const int64_t wanted = own ? private_slots : flat ? (slots + kTile - 1) / kTile * kTile : slots;
+    grows = grows || wanted > m.slots[i];
+    m.slots[i] = std::max(m.slots[i], wanted);
+  }
+  if (!grows) return;
+  // Nodes a power of two of bytes apart would push each other out of the caches.
+  const int64_t apart = kPlaneRest * k.width;
+  const auto size = [&](size_t i) { return m.slots[i] * space(i).group_size(nodes[i].extent) * k.width; };
+  int64_t total = 0;
+  for (size_t i = 0; i < nodes.size(); i++) total += size(i) + apart;
+  float* next = m.all.reserve(total);
+  std::fill_n(next, total, 0.f);  // margins stay as they are from here on
+  for (size_t i = 0; i < nodes.size(); i++) {
+    m.node[i] = m.slots[i] > 0 ? next : nullptr;
+    next += size(i) + apart;
   }
 }
 
@@ -148,9 +159,9 @@ View Blueprint::view(const Memory& m, int64_t node, bool gradient, const Extent&
                      int64_t tile) const {
   const Node& n = nodes[node];
   const Space& space = gradient ? n.gradient : n.activation;
-  if (m.node[node].get() == nullptr) return {nullptr, 0, 0, 0};
+  if (m.node[node] == nullptr) return {nullptr, 0, 0, 0};
   const int64_t size = space.group_size(n.extent) * k.width;
-  float* base = m.node[node].get() + (space.flat ? group / kTile * kTile : slot) * size;
+  float* base = m.node[node] + (space.flat ? group / kTile * kTile : slot) * size;
   return space.view(base, extent, tile, group % kTile, k.width);
 }
 

@@ -36,9 +36,11 @@ struct Plan {
   std::vector<char> inside;  // by node: written and read within one stage, so that threads reuse one group's memory
 };
 
-// One array for each node, with room for `slots` groups each.
+// Every node's activation (or gradient), with room for `slots` groups each, in one array: large enough for huge pages,
+// without which a layer that reads features in no order misses the translation cache.
 struct Memory {
-  std::vector<Array<float>> node;
+  Array<float> all;
+  std::vector<float*> node;  // null: none
   std::vector<int64_t> slots;
 };
 

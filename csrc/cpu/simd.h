@@ -29,6 +29,17 @@ SL_INLINE void store(float* p, V v, int n) { _mm512_mask_storeu_ps(p, (__mmask16
 SL_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
 SL_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 SL_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+// A value that is used twice is loaded once: GCC would rather give both instructions the address.
+SL_INLINE V once(V v) {
+  asm("" : "+v"(v));
+  return v;
+}
+// w[u] has v[u] in all lanes; one load for four vectors.
+SL_INLINE void set4(const float* v, V* w) {
+  const V all = _mm512_castps128_ps512(_mm_loadu_ps(v));
+#pragma GCC unroll 4
+  for (int u = 0; u < 4; u++) w[u] = _mm512_permutexvar_ps(_mm512_set1_epi32(u), all);
+}
 // max(v, 0), NaN kept; and what of a gradient passes through it: nothing where its result y is 0.
 SL_INLINE V relu(V v) { return _mm512_max_ps(zero(), v); }
 SL_INLINE V relu_gradient(V y, V grad) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), grad); }
@@ -100,6 +111,13 @@ SL_INLINE void store(float* p, V v, int n) { _mm256_maskstore_ps(p, first(n), v)
 SL_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
 SL_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 SL_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+SL_INLINE V once(V v) {
+  asm("" : "+x"(v));
+  return v;
+}
+SL_INLINE void set4(const float* v, V* w) {
+  for (int u = 0; u < 4; u++) w[u] = set1(v[u]);
+}
 SL_INLINE V relu(V v) { return _mm256_max_ps(zero(), v); }
 SL_INLINE V relu_gradient(V y, V grad) { return _mm256_andnot_ps(_mm256_cmp_ps(y, zero(), _CMP_LE_OQ), grad); }
 
@@ -155,6 +173,10 @@ SL_INLINE void store(float* p, V v, int n) {
 SL_INLINE V add(V a, V b) { return a + b; }
 SL_INLINE V mul(V a, V b) { return a * b; }
 SL_INLINE V fma(V a, V b, V c) { return a * b + c; }
+SL_INLINE V once(V v) { return v; }
+SL_INLINE void set4(const float* v, V* w) {
+  for (int u = 0; u < 4; u++) w[u] = set1(v[u]);
+}
 SL_INLINE V relu(V v) { return v <= zero() ? zero() : v; }
 SL_INLINE V relu_gradient(V y, V grad) { return y <= zero() ? zero() : grad; }
 

@@ -37,7 +37,7 @@ class Array {
     if (size > capacity_) {
       std::free(data_);
       capacity_ = 0;
-      const size_t bytes = size * sizeof(T), unit = bytes >= 2 * kHugePage ? kHugePage : 64;
+      const size_t bytes = size * sizeof(T), unit = bytes >= kHugePage / 2 ? kHugePage : 64;
       data_ = static_cast<T*>(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit));
       if (data_ == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
