@@ -6,9 +6,13 @@
 // the 32 rows: with one row to a lane, x of a step is a permutation of the 64 floats of the block, which lie in
 // registers. starts int32 [slices + 1, 34]: the first step and the first overflow of a slice, and which row is in each
 // place of it (-1: none); the last line holds the totals. codes: the steps of each block, [slices, blocks], one byte
-// each, up to a multiple of 64 bytes; then 32 bytes a step: the column of the block, 128 where the slot is empty, the
+// each, up to a multiple of 64 bytes; then 32 bytes a step: the column in the block, 128 where the slot is empty, the
 // places in the order of slot_lane; then the overflow, uint32: 32 * column + place. values: [steps, 32], place by
 // place, 0 in an empty slot; then the overflow's.
+//
+// Windows. As slots, but a step belongs to a block and the one after it, so that a row may be ahead of its blocks and
+// few slots stay empty: fewer bytes, twice the permutations. The code is the column modulo 128, of an empty slot 128
+// more than that of the block's first column.
 //
 // Bitmask. A slice is 8 rows. codes: [slices, blocks, 8 rows, 8 bytes], bit i of a row's 64 for column i of the block.
 // values: the survivors in that order, and 16 zeros, so that 16 may be loaded from any place. starts int32
@@ -20,7 +24,7 @@
 
 namespace sl {
 
-enum class CpuFormat : int { kSlots = 32, kBitmask = 64 };  // Python: CPU_FORMATS in ops/decode_cpu.py
+enum class CpuFormat : int { kSlots = 32, kWindows = 33, kBitmask = 64 };  // Python: CPU_FORMATS in ops/decode_cpu.py
 
 // A packed weight. Pointers of any alignment.
 struct CpuDecodeWeight {

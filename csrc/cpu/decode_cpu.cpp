@@ -20,10 +20,12 @@ namespace {
 constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds below which waking other threads costs more than it saves
 // What a step and an entry of the overflow cost, in cycles: 32 permuted multiply-adds in five, and a load, a
 // multiply-add and a store of one that lie in the way of the next (EPYC, Zen 4).
-constexpr int64_t kStepCost = 5, kOverflowCost = 2;
+// Steps of windows count by their bytes: they are for weights that lie in memory.
+constexpr int64_t kStepCost = 5, kWindowCost = 12, kOverflowCost = 2;
+constexpr int64_t kLeastShare = 90, kShareStep = 5, kShares = 20;  // percent
 
 int64_t blocks_of(int64_t columns) { return (columns + kDecodeBlock - 1) / kDecodeBlock; }
-int64_t rows_of(CpuFormat format) { return format == CpuFormat::kSlots ? kSlotRows : kMaskRows; }
+int64_t rows_of(CpuFormat format) { return format == CpuFormat::kBitmask ? kMaskRows : kSlotRows; }
 // Of the steps of all blocks, in front of their codes.
 int64_t header(int64_t slices, int64_t blocks) { return (slices * blocks + 63) / 64 * 64; }
 
@@ -41,41 +43,74 @@ int32_t checked(int64_t count) {
   return static_cast<int32_t>(count);
 }
 
-// How many slots the blocks of one slice have, and what is left over.
+// The survivors of a slice's rows in each block.
+using Counts = std::vector<std::array<uint8_t, kSlotRows>>;
+
+// How many survivors find no slot.
+int64_t overflow_of(const Counts& counts, const std::vector<uint8_t>& steps, bool windows) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < kSlotRows; i++) {
+    int ahead = 0;  // survivors of a block that were in the steps of the one before
+    for (size_t b = 0; b < counts.size(); b++) {
+      const int own = counts[b][i] - ahead, taken = std::min<int>(own, steps[b]);
+      total += own - taken;
+      ahead = windows && b + 1 < counts.size() ? std::min<int>(counts[b + 1][i], steps[b] - taken) : 0;
+    }
+  }
+  return total;
+}
+
+// The same number for all blocks, but no more than the fullest row of each can use.
+std::vector<uint8_t> slots_of_blocks(const Counts& counts, int64_t slots) {
+  std::vector<uint8_t> steps(counts.size());
+  for (size_t b = 0; b < counts.size(); b++) {
+    steps[b] = static_cast<uint8_t>(std::min<int64_t>(slots, *std::max_element(counts[b].begin(), counts[b].end())));
+  }
+  return steps;
+}
+
+// By and large `share` percent of what the rows hold on average up to the middle of the next block.
+std::vector<uint8_t> slots_of_windows(const Counts& counts, int64_t share) {
+  std::vector<int64_t> sum(counts.size() + 1, 0);
+  for (size_t b = 0; b < counts.size(); b++) sum[b] = std::accumulate(counts[b].begin(), counts[b].end(), int64_t{0});
+  std::vector<uint8_t> steps(counts.size());
+  int64_t before = 0, given = 0;
+  for (size_t b = 0; b < counts.size(); b++) {
+    before += sum[b];
+    const int64_t wanted = share * (2 * before + sum[b + 1]) / (200 * kSlotRows);
+    steps[b] = static_cast<uint8_t>(std::clamp<int64_t>(wanted - given, 0, 2 * kDecodeBlock));
+    given += steps[b];
+  }
+  return steps;
+}
+
+// How many slots the blocks of one slice have, and what is left over: what costs least.
 struct SlicePlan {
   std::vector<uint8_t> steps;
   int64_t total = 0, overflow = 0;
 
   // order: the row in each place, -1: none.
-  SlicePlan(const uint32_t* words, int64_t columns, const int32_t* order) : steps(blocks_of(columns)) {
-    std::array<int64_t, kDecodeBlock + 1> rows{};    // with so many survivors in a block
-    std::array<int64_t, kDecodeBlock + 1> blocks{};  // whose fullest row has so many
-    std::vector<std::array<uint8_t, kSlotRows>> counts(steps.size());
-    for (size_t b = 0; b < steps.size(); b++) {
+  SlicePlan(const uint32_t* words, int64_t columns, const int32_t* order, bool windows) {
+    Counts counts(blocks_of(columns));
+    for (size_t b = 0; b < counts.size(); b++) {
       for (int64_t i = 0; i < kSlotRows; i++) {
         const uint64_t bits = order[i] < 0 ? 0 : block_bits(words, columns, order[i], b);
         counts[b][i] = static_cast<uint8_t>(__builtin_popcountll(bits));
-        rows[counts[b][i]]++;
-      }
-      steps[b] = *std::max_element(counts[b].begin(), counts[b].end());
-      blocks[steps[b]]++;
-    }
-    // From s - 1 to s slots: a step more in each block with a row of s or more, an overflow less for each such row.
-    int64_t longer_blocks = 0, longer_rows = 0, cost = 0, least = 0;
-    int64_t slots = kDecodeBlock;
-    for (int64_t s = kDecodeBlock; s > 0; s--) {  // downwards, from where nothing overflows
-      longer_blocks += blocks[s];
-      longer_rows += rows[s];
-      cost += kOverflowCost * longer_rows - kStepCost * longer_blocks;
-      if (cost < least) {
-        least = cost;
-        slots = s - 1;
       }
     }
-    for (size_t b = 0; b < steps.size(); b++) {
-      steps[b] = static_cast<uint8_t>(std::min<int64_t>(steps[b], slots));
-      total += steps[b];
-      for (const uint8_t count : counts[b]) overflow += std::max(0, count - steps[b]);
+    int64_t least = std::numeric_limits<int64_t>::max();
+    const int64_t tries = windows ? kShares : kDecodeBlock + 1;
+    for (int64_t t = 0; t < tries; t++) {
+      std::vector<uint8_t> now =
+          windows ? slots_of_windows(counts, kLeastShare + t * kShareStep) : slots_of_blocks(counts, t);
+      const int64_t all = std::accumulate(now.begin(), now.end(), int64_t{0});
+      const int64_t over = overflow_of(counts, now, windows);
+      const int64_t cost = (windows ? kWindowCost : kStepCost) * all + kOverflowCost * over;
+      if (cost >= least) continue;
+      least = cost;
+      steps = std::move(now);
+      total = all;
+      overflow = over;
     }
   }
 };
@@ -94,9 +129,9 @@ std::vector<int32_t> rows_by_count(const uint32_t* words, int64_t rows, int64_t 
   return order;
 }
 
-void layout_slots(const uint32_t* words, int64_t rows, int64_t columns, int32_t* starts, int64_t* codes,
-                  int64_t* values) {
-  const int64_t slices = decode_cpu_slices(CpuFormat::kSlots, rows, columns);
+void layout_slots(CpuFormat format, const uint32_t* words, int64_t rows, int64_t columns, int32_t* starts,
+                  int64_t* codes, int64_t* values) {
+  const int64_t slices = decode_cpu_slices(format, rows, columns);
   const std::vector<int32_t> order = rows_by_count(words, rows, columns);
   int64_t steps = 0, overflow = 0;
   for (int64_t s = 0; s <= slices; s++) {
@@ -108,7 +143,7 @@ void layout_slots(const uint32_t* words, int64_t rows, int64_t columns, int32_t*
       line[2 + i] = at < rows ? order[at] : -1;
     }
     if (s == slices) break;
-    const SlicePlan plan(words, columns, line + 2);
+    const SlicePlan plan(words, columns, line + 2, format == CpuFormat::kWindows);
     steps += plan.total;
     overflow += plan.overflow;
   }
@@ -123,30 +158,41 @@ void pack_slots(const CpuDecodeWeight& w, const T* dense, const uint32_t* words,
   uint8_t* const step_codes = codes + header(slices, blocks);
   uint8_t* const over_codes = step_codes + steps * kSlotRows;
   std::fill(codes + slices * blocks, step_codes, uint8_t{0});
+  const bool windows = w.format == CpuFormat::kWindows;
 #pragma omp parallel for schedule(static)
   for (int64_t s = 0; s < slices; s++) {
     const int32_t* line = w.starts + s * kSlotStarts;
-    const SlicePlan plan(words, w.columns, line + 2);
+    const SlicePlan plan(words, w.columns, line + 2, windows);
     std::copy(plan.steps.begin(), plan.steps.end(), codes + s * blocks);
-    int64_t step = line[0], over = line[1];
-    for (int64_t b = 0; b < blocks; step += plan.steps[b++]) {
-      std::fill_n(step_codes + step * kSlotRows, plan.steps[b] * kSlotRows, kEmptySlot);
+    for (int64_t b = 0, step = line[0]; b < blocks; step += plan.steps[b++]) {
+      const uint8_t empty = windows ? kEmptySlot + b % 2 * kDecodeBlock : kEmptySlot;
+      std::fill_n(step_codes + step * kSlotRows, plan.steps[b] * kSlotRows, empty);
       std::fill_n(values + step * kSlotRows, plan.steps[b] * kSlotRows, T{0});
-      for (int64_t i = 0; i < kSlotRows && line[2 + i] >= 0; i++) {
-        const T* row = dense + line[2 + i] * w.columns;
+    }
+    std::vector<uint32_t> left;  // 32 * column + place
+    for (int64_t i = 0; i < kSlotRows && line[2 + i] >= 0; i++) {
+      const T* row = dense + line[2 + i] * w.columns;
+      const auto bits_of = [&](int64_t b) { return b < blocks ? block_bits(words, w.columns, line[2 + i], b) : 0; };
+      uint64_t next = bits_of(0);
+      for (int64_t b = 0, step = line[0]; b < blocks; step += plan.steps[b++]) {
+        uint64_t own = next;
+        next = bits_of(b + 1);
         int64_t slot = 0;
-        for (uint64_t bits = block_bits(words, w.columns, line[2 + i], b); bits != 0; bits &= bits - 1, slot++) {
-          const int64_t column = b * kDecodeBlock + __builtin_ctzll(bits);
-          if (slot < plan.steps[b]) {
-            step_codes[(step + slot) * kSlotRows + slot_lane(i)] = static_cast<uint8_t>(column % kDecodeBlock);
-            values[(step + slot) * kSlotRows + i] = row[column];
-          } else {
-            const uint32_t code = static_cast<uint32_t>(column * kSlotRows + i);
-            std::memcpy(over_codes + over * sizeof code, &code, sizeof code);
-            values[steps * kSlotRows + over++] = row[column];
-          }
-        }
+        const auto put = [&](uint64_t bits, int64_t block) {
+          const int64_t column = block * kDecodeBlock + __builtin_ctzll(bits), at = step + slot++;
+          step_codes[at * kSlotRows + slot_lane(i)] = column % (windows ? 2 * kDecodeBlock : kDecodeBlock);
+          values[at * kSlotRows + i] = row[column];
+        };
+        for (; own != 0 && slot < plan.steps[b]; own &= own - 1) put(own, b);
+        for (; own != 0; own &= own - 1) left.push_back((b * kDecodeBlock + __builtin_ctzll(own)) * kSlotRows + i);
+        for (; windows && next != 0 && slot < plan.steps[b]; next &= next - 1) put(next, b + 1);
       }
+    }
+    std::sort(left.begin(), left.end());  // by columns: neighbours are not added to the same sum
+    int64_t over = line[1];
+    for (const uint32_t code : left) {
+      std::memcpy(over_codes + over * sizeof code, &code, sizeof code);
+      values[steps * kSlotRows + over++] = dense[line[2 + code % kSlotRows] * w.columns + code / kSlotRows];
     }
   }
 }
@@ -188,7 +234,7 @@ void pack_bitmask(const CpuDecodeWeight& w, const T* dense, const uint32_t* word
 
 template <class T>
 void pack(const CpuDecodeWeight& weight, const void* dense, const uint32_t* words, uint8_t* codes, void* values) {
-  const auto fill = weight.format == CpuFormat::kSlots ? pack_slots<T> : pack_bitmask<T>;
+  const auto fill = weight.format == CpuFormat::kBitmask ? pack_bitmask<T> : pack_slots<T>;
   fill(weight, static_cast<const T*>(dense), words, codes, static_cast<T*>(values));
 }
 
@@ -219,7 +265,7 @@ thread_local Workspace workspace;
 }  // namespace
 
 int64_t decode_cpu_slices(CpuFormat format, int64_t rows, int64_t columns) {
-  if (format != CpuFormat::kSlots && format != CpuFormat::kBitmask) {
+  if (format != CpuFormat::kSlots && format != CpuFormat::kWindows && format != CpuFormat::kBitmask) {
     throw std::invalid_argument("decode_cpu: unknown format " + std::to_string(static_cast<int>(format)));
   }
   constexpr int64_t kMostColumns = int64_t{1} << 27;  // a column and a place share 32 bits
@@ -232,7 +278,11 @@ int64_t decode_cpu_slices(CpuFormat format, int64_t rows, int64_t columns) {
 
 void decode_cpu_layout(CpuFormat format, const uint32_t* words, int64_t rows, int64_t columns, int32_t* starts,
                        int64_t* codes, int64_t* values) {
-  (format == CpuFormat::kSlots ? layout_slots : layout_bitmask)(words, rows, columns, starts, codes, values);
+  if (format == CpuFormat::kBitmask) {
+    layout_bitmask(words, rows, columns, starts, codes, values);
+  } else {
+    layout_slots(format, words, rows, columns, starts, codes, values);
+  }
 }
 
 void decode_cpu_pack(const CpuDecodeWeight& weight, const void* dense, const uint32_t* words, uint8_t* codes,
@@ -242,7 +292,7 @@ void decode_cpu_pack(const CpuDecodeWeight& weight, const void* dense, const uin
 
 void decode_cpu(const CpuDecodeWeight& weight, const float* x, const float* bias, float* y, int64_t batch) {
   const int64_t slices = decode_cpu_slices(weight.format, weight.rows, weight.columns);
-  const bool slots = weight.format == CpuFormat::kSlots;
+  const bool slots = weight.format != CpuFormat::kBitmask;
   const Kernels k = kernels();
   DecodeArgs a{};
   a.rows = weight.rows;
@@ -253,6 +303,7 @@ void decode_cpu(const CpuDecodeWeight& weight, const float* x, const float* bias
   a.starts = weight.starts;
   a.codes = weight.codes;
   a.values = weight.values;
+  a.windows = weight.format == CpuFormat::kWindows;
   a.half = weight.dtype == DType::kBFloat16;
   a.x = x;
   a.x_stride = weight.columns;

@@ -79,9 +79,14 @@ SL_INLINE V widen_all(const uint16_t* p) {
 // gives a half of 32 of them.
 struct Block {
   __m512i low[2], high[2];
-  SL_INLINE explicit Block(const uint16_t* planes, int64_t columns)
-      : low{_mm512_loadu_si512(planes), _mm512_loadu_si512(planes + 32)},
-        high{_mm512_loadu_si512(planes + columns), _mm512_loadu_si512(planes + columns + 32)} {}
+  SL_INLINE void take(const uint16_t* planes, int64_t columns) {
+    low[0] = _mm512_loadu_si512(planes);
+    low[1] = _mm512_loadu_si512(planes + 32);
+    high[0] = _mm512_loadu_si512(planes + columns);
+    high[1] = _mm512_loadu_si512(planes + columns + 32);
+  }
+  SL_INLINE __m512i low_at(__m512i at) const { return _mm512_permutex2var_epi16(low[0], at, low[1]); }
+  SL_INLINE __m512i high_at(__m512i at) const { return _mm512_permutex2var_epi16(high[0], at, high[1]); }
 };
 
 void split(const float* x, int64_t columns, uint16_t* planes) {
@@ -92,7 +97,23 @@ void split(const float* x, int64_t columns, uint16_t* planes) {
   }
 }
 
-template <int B, class T>
+// The steps of one block: x of its places, or of those of two blocks by bit 6 of the code.
+template <bool WINDOWS, class T>
+SL_INLINE void walk(const uint8_t* c, const T* v, int64_t steps, const Block& even, const Block& odd, V* sum) {
+  for (int64_t i = 0; i < steps; i++, c += kSlotRows, v += kSlotRows) {
+    const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)c));
+    __m512i low = even.low_at(at), high = even.high_at(at);
+    if (WINDOWS) {
+      const __mmask32 is_odd = _mm512_test_epi16_mask(at, _mm512_set1_epi16(kDecodeBlock));
+      low = _mm512_mask_blend_epi16(is_odd, low, odd.low_at(at));
+      high = _mm512_mask_blend_epi16(is_odd, high, odd.high_at(at));
+    }
+    sum[0] = fma(_mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high)), widen_all(v), sum[0]);
+    sum[1] = fma(_mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high)), widen_all(v + 16), sum[1]);
+  }
+}
+
+template <int B, bool WINDOWS, class T>
 void slots_of(const DecodeArgs& a, int64_t slice, int64_t sample) {
   const Slots<T> m(a, slice);
   const int64_t columns = a.blocks * kDecodeBlock;
@@ -101,24 +122,31 @@ void slots_of(const DecodeArgs& a, int64_t slice, int64_t sample) {
   V sum[B][2];
 #pragma GCC unroll 4
   for (int j = 0; j < B; j++) sum[j][0] = sum[j][1] = zero();
-  for (int64_t b = 0; b < a.blocks; b++) {
+  Block x[2];  // of the even and the odd block
+  if (WINDOWS && a.blocks > 0) x[0].take(a.planes + sample * 2 * columns, columns);
+  // The parity as a constant, or the compiler keeps both blocks in memory.
+  const auto block = [&](int64_t b, int parity) __attribute__((always_inline)) {
     const int64_t steps = m.steps[b];
 #pragma GCC unroll 4
     for (int j = 0; j < B; j++) {
-      const Block x(a.planes + (sample + j) * 2 * columns + b * kDecodeBlock, columns);
-      for (int64_t i = 0; i < steps; i++) {
-        const uint8_t* c = codes + i * kSlotRows;
-        const T* v = values + i * kSlotRows;
-        const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)c));
-        const __m512i low = _mm512_permutex2var_epi16(x.low[0], at, x.low[1]);
-        const __m512i high = _mm512_permutex2var_epi16(x.high[0], at, x.high[1]);
-        sum[j][0] = fma(_mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high)), widen_all(v), sum[j][0]);
-        sum[j][1] = fma(_mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high)), widen_all(v + 16), sum[j][1]);
+      const uint16_t* planes = a.planes + (sample + j) * 2 * columns + b * kDecodeBlock;
+      if (!WINDOWS) {
+        x[0].take(planes, columns);
+      } else {
+        if (B > 1) x[parity].take(planes, columns);
+        if (b + 1 < a.blocks) x[1 - parity].take(planes + kDecodeBlock, columns);
       }
+      walk<WINDOWS>(codes, values, steps, x[0], x[1], sum[j]);
     }
     codes += steps * kSlotRows;
     values += steps * kSlotRows;
+  };
+  int64_t b = 0;
+  for (; b + 1 < a.blocks; b += 2) {
+    block(b, 0);
+    block(b + 1, 1);
   }
+  if (b < a.blocks) block(b, 0);
 #pragma GCC unroll 4
   for (int j = 0; j < B; j++) {
     alignas(64) float sums[kSlotRows];
@@ -190,17 +218,17 @@ SL_INLINE V widen_all(const uint16_t* p) {
 SL_INLINE void split(const float*, int64_t, uint16_t*) {}
 
 // x at the four columns of four codes, by loads of one element each.
-SL_INLINE __m128 pick(const float* x, const uint8_t* codes) {
+SL_INLINE __m128 pick(const float* x, const uint8_t* codes, uint32_t flip) {
   uint32_t at;
   memcpy(&at, codes, sizeof at);
-  at &= 0x3f3f3f3f;  // an empty slot: any column, its value is 0
+  at = (at ^ flip) & 0x7f7f7f7f;  // an empty slot: any column, its value is 0
   __m128 v = _mm_load_ss(x + (uint8_t)at);
   v = _mm_insert_ps(v, _mm_load_ss(x + (uint8_t)(at >> 8)), 0x10);
   v = _mm_insert_ps(v, _mm_load_ss(x + (uint8_t)(at >> 16)), 0x20);
   return _mm_insert_ps(v, _mm_load_ss(x + (at >> 24)), 0x30);
 }
 
-template <int B, class T>
+template <int B, bool WINDOWS, class T>
 void slots_of(const DecodeArgs& a, int64_t slice, int64_t sample) {
   const Slots<T> m(a, slice);
   const uint8_t* c = m.codes;
@@ -208,11 +236,12 @@ void slots_of(const DecodeArgs& a, int64_t slice, int64_t sample) {
   const float* x = a.x + sample * a.x_stride;
   V sum[4] = {zero(), zero(), zero(), zero()};
   for (int64_t b = 0; b < a.blocks; b++, x += kDecodeBlock) {
+    const uint32_t flip = WINDOWS && b % 2 != 0 ? 0x40404040 : 0;  // columns from the first of this block on
     for (int64_t i = 0; i < m.steps[b]; i++, c += kSlotRows, v += kSlotRows) {
 #pragma GCC unroll 4
       for (int g = 0; g < 4; g++) {  // places 8 g on: slot_lane(8 g), and 8 lanes further
         const uint8_t* at = c + g % 2 * 16 + g / 2 * 4;
-        const V picked = _mm256_insertf128_ps(_mm256_castps128_ps256(pick(x, at)), pick(x, at + 8), 1);
+        const V picked = _mm256_insertf128_ps(_mm256_castps128_ps256(pick(x, at, flip)), pick(x, at + 8, flip), 1);
         sum[g] = fma(picked, widen_all(v + 8 * g), sum[g]);
       }
     }
@@ -273,7 +302,7 @@ constexpr int kSamples = 1, kMaskSamples = 1;
 
 SL_INLINE void split(const float*, int64_t, uint16_t*) {}
 
-template <int B, class T>
+template <int B, bool WINDOWS, class T>
 void slots_of(const DecodeArgs& a, int64_t slice, int64_t sample) {
   const Slots<T> m(a, slice);
   const uint8_t* c = m.codes;
@@ -281,9 +310,10 @@ void slots_of(const DecodeArgs& a, int64_t slice, int64_t sample) {
   const float* x = a.x + sample * a.x_stride;
   float sums[kSlotRows] = {};
   for (int64_t b = 0; b < a.blocks; b++, x += kDecodeBlock) {
+    const int flip = WINDOWS && b % 2 != 0 ? kDecodeBlock : 0;  // columns from the first of this block on
     for (int64_t i = 0; i < m.steps[b]; i++, c += kSlotRows, v += kSlotRows) {
 #pragma GCC unroll 32
-      for (int64_t p = 0; p < kSlotRows; p++) sums[p] += widen(v + p) * x[c[slot_lane(p)] % kDecodeBlock];
+      for (int64_t p = 0; p < kSlotRows; p++) sums[p] += widen(v + p) * x[(c[slot_lane(p)] ^ flip) % kEmptySlot];
     }
   }
   m.finish(a, sample, sums);
@@ -308,13 +338,13 @@ void bitmask_of(const DecodeArgs& a, int64_t slice, int64_t sample) {
 #endif
 
 // A slice for the whole batch, several samples at a time: the others find it in the second-level cache.
-template <class T>
+template <bool WINDOWS, class T>
 void slots(const DecodeArgs& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
   for (int64_t slice = 0; slice < a.slices; slice++) {
     int64_t sample = 0;
-    for (; sample + kSamples <= a.batch; sample += kSamples) slots_of<kSamples, T>(a, slice, sample);
-    for (; sample < a.batch; sample++) slots_of<1, T>(a, slice, sample);
+    for (; sample + kSamples <= a.batch; sample += kSamples) slots_of<kSamples, WINDOWS, T>(a, slice, sample);
+    for (; sample < a.batch; sample++) slots_of<1, WINDOWS, T>(a, slice, sample);
   }
 }
 
@@ -336,7 +366,11 @@ void decode_slots(const DecodeArgs& a) {
   for (int64_t i = 0; kPlanes && i < a.batch; i++) {
     split(a.x + i * a.x_stride, a.blocks * kDecodeBlock, a.planes + i * 2 * a.blocks * kDecodeBlock);
   }
-  a.half ? slots<uint16_t>(a) : slots<float>(a);
+  if (a.windows) {
+    a.half ? slots<true, uint16_t>(a) : slots<true, float>(a);
+  } else {
+    a.half ? slots<false, uint16_t>(a) : slots<false, float>(a);
+  }
 }
 
 void decode_bitmask(const DecodeArgs& a) { a.half ? bitmask<uint16_t>(a) : bitmask<float>(a); }

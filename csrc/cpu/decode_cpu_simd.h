@@ -20,6 +20,7 @@ struct DecodeArgs {
   const uint8_t* codes;
   const void* values;
   bool half;       // values are bfloat16
+  bool windows;    // decode_slots: in the form of windows
   const float* x;  // [batch, x_stride]: whole blocks, zeros past the columns
   int64_t x_stride;
   uint16_t* planes;   // [batch, 2, blocks * 64] for the low and high halves of x, where decode_planes() asks for them

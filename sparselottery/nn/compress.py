@@ -30,7 +30,7 @@ def compress(model: nn.Module, example_input: Tensor | tuple | Mapping) -> nn.Mo
 
     - where its mask is 2:4 and the GPU has it, in torch's semi-structured form (`semi_structured`);
     - linear layers in float16 or bfloat16 on a GPU with up to 128 rows of input, in float32 or bfloat16 on a CPU with up to
-      16: packed for decoding (`decode.DecodeLinear`) in each format that may be faster than the dense weight.
+      8: packed for decoding (`decode.DecodeLinear`) in each format that may be faster than the dense weight.
 
     On a CPU each nn.Sequential is also tried as a whole in C++: resident (`resident.resident`), and one of linear layers and
     ReLU as a `compiled_mlp.CompiledMLP`. The model is timed at the end: unless a form of it beats the plain model, dead units

@@ -22,7 +22,7 @@ class DecodeLinear(nn.Module):
     more than 128) it computes the same from a transient dense weight; `sl.explain` says so and why.
 
     Attributes:
-        format: "gap4", "gap8" or "tiles" (ops/decode_linear.py) on a GPU, "slots" or "bitmask" (ops/decode_cpu.py) on a CPU.
+        format: "gap4", "gap8" or "tiles" (ops/decode_linear.py) on a GPU, one of ops/decode_cpu.py on a CPU.
         in_features, out_features: as in `nn.Linear`.
         density: the fraction of the weights that is kept.
         starts, codes, values: buffers, the packed weight; their sizes depend on the mask.

@@ -1,9 +1,11 @@
 """Linear layers of unstructured tickets at small batches on a CPU, from a weight packed for inference.
 
-Two formats (csrc/decode_cpu.h has them bit by bit), values in float32 or bfloat16, sums in float32:
+Three formats (csrc/decode_cpu.h has them bit by bit), values in float32 or bfloat16, sums in float32:
 
 - slots: 32 rows side by side, for each survivor its column of a block of 64 in one byte. x of 32 survivors comes out of
   registers by two permutations (AVX-512) instead of 32 loads. 5 bytes a survivor, and a tenth to a half more of padding.
+- windows: the same over two blocks at a time, so that rows share slots better: hardly any padding, twice the permutations.
+  For weights that the caches do not hold.
 - bitmask: a bit a weight, and the survivors' values, which are spread over the columns of their bits: fewest bytes from
   a density of .3 on.
 
@@ -17,9 +19,9 @@ from .. import _ext
 from .._ext import DTYPE_CODES, extension
 from .huge_pages import settled
 
-FORMATS = {"slots": 32, "bitmask": 64}  # sl::CpuFormat in csrc/decode_cpu.h
+FORMATS = {"slots": 32, "windows": 33, "bitmask": 64}  # sl::CpuFormat in csrc/decode_cpu.h
 DTYPES = (torch.float32, torch.bfloat16)
-MAX_BATCH = 16  # worth measuring: beyond, masked_linear's kernels and dense products use each weight more often
+MAX_BATCH = 8  # worth measuring: masked_linear uses each survivor of a batch of 16 at once, and is faster
 _PLACES, _ROWS = 32, 8  # rows of a slice: of slots, of the bitmask
 _BLOCK, _EMPTY = 64, 128
 _LANES = [place % 16 // 4 * 8 + place // 16 * 4 + place % 4 for place in range(_PLACES)]
@@ -29,7 +31,7 @@ def pack(weight: Tensor, words: Tensor, format: str) -> tuple[Tensor, Tensor, Te
     """starts, codes and values of a contiguous weight on the CPU and the words of its mask."""
     (rows, columns), library, code = weight.shape, extension(), FORMATS[format]
     slices = library.cpu_decode_cpu_slices(code, rows, columns)
-    starts = torch.empty((slices + 1, 2 + _PLACES) if format == "slots" else (slices + 1,), dtype=torch.int32)
+    starts = torch.empty((slices + 1, 2 + _PLACES) if format != "bitmask" else (slices + 1,), dtype=torch.int32)
     sizes = library.cpu_decode_cpu_layout(code, words.data_ptr(), rows, columns, starts.data_ptr())
     codes, values = torch.empty(sizes[0], dtype=torch.uint8), torch.empty(sizes[1], dtype=weight.dtype)
     tensors = (weight, words, starts, codes, values)
@@ -40,7 +42,10 @@ def pack(weight: Tensor, words: Tensor, format: str) -> tuple[Tensor, Tensor, Te
 
 def unpack(starts: Tensor, codes: Tensor, values: Tensor, format: str, rows: int, columns: int) -> Tensor:
     """The dense weight, bit for bit. Plain torch."""
-    row, column, live = (_slot_places if format == "slots" else _mask_places)(starts, codes, rows, columns)
+    if format == "bitmask":
+        row, column, live = _mask_places(starts, codes, columns)
+    else:
+        row, column, live = _slot_places(starts, codes, columns, format == "windows")
     dense = values.new_zeros(rows, columns)
     dense[row[live], column[live]] = values[: live.numel()][live]
     return dense
@@ -84,7 +89,7 @@ def product(x, starts, codes, values, bias, format, rows, columns):
     return y
 
 
-def _slot_places(starts, codes, rows, columns):
+def _slot_places(starts, codes, columns, windows):
     """Row and column of every value, and which values are survivors."""
     blocks, slices = -(-columns // _BLOCK), starts.shape[0] - 1
     steps, overflow = (int(n) for n in starts[-1, :2])
@@ -94,7 +99,11 @@ def _slot_places(starts, codes, rows, columns):
     block = torch.repeat_interleave(torch.arange(slices * blocks, device=codes.device), counts)  # of each step
     slot = codes[header : header + _PLACES * steps].view(steps, _PLACES)[:, _LANES].long()
     row = order[block // max(blocks, 1)] if steps else order.new_empty(0, _PLACES)
-    column = (block % max(blocks, 1) * _BLOCK)[:, None] + slot
+    first = (block % max(blocks, 1))[:, None]
+    if windows:  # bit 6 of the code: that of the block's number
+        column = (first + ((slot // _BLOCK ^ first) & 1)) * _BLOCK + slot % _BLOCK
+    else:
+        column = first * _BLOCK + slot
     parts = codes[header + _PLACES * steps :].view(overflow, 4).long()
     code = (parts << torch.arange(0, 32, 8, device=codes.device)).sum(1)
     slice_ = torch.repeat_interleave(torch.arange(slices, device=codes.device), starts[:, 1].long().diff())
@@ -103,7 +112,7 @@ def _slot_places(starts, codes, rows, columns):
     return row, column, torch.cat([(slot < _EMPTY).flatten(), torch.ones_like(code, dtype=torch.bool)])
 
 
-def _mask_places(starts, codes, rows, columns):
+def _mask_places(starts, codes, columns):
     """Row and column of every survivor."""
     blocks, slices = -(-columns // _BLOCK), starts.shape[0] - 1
     bits = codes[:, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device) & 1
