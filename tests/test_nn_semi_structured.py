@@ -81,7 +81,7 @@ def test_compress_takes_the_form_where_it_is_faster(gpu, monkeypatch):
     torch.testing.assert_close(small(x), model(x))
     row = sl.explain(small).rows[0]
     assert row.density == 0.5 and row.shape == (32, 64) and row.backend.startswith("2:4")
-    assert row.note == "compress, in µs: 2:4 5e+05, dense 1e+06, masked 1e+06"
+    assert row.note.startswith("compress, in µs: 2:4 5e+05, dense 1e+06, masked 1e+06")
 
 
 @pytest.mark.parametrize("name, kind", [("dense", nn.Linear), ("masked", sl.MaskedLinear)])
