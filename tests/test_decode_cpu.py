@@ -314,6 +314,68 @@ def test_gradients_autocast_dtypes_and_plain_torch(format):
     )
 
 
+def test_a_bias_that_was_converted_or_replaced_is_looked_at():
+    """The values are buffers: what goes over the parameters alone leaves them as they are."""
+    module, dense = layer()
+    x, bias = torch.randn(2, 70), module.bias.detach().clone()
+    module.bias.data = torch.stack([bias, bias], 1)[:, 0]
+    torch.testing.assert_close(module(x), F.linear(x, dense, bias))
+    module.bias = nn.Parameter(torch.complex(bias, -bias).conj().imag, requires_grad=False)
+    torch.testing.assert_close(module(x), F.linear(x, dense, bias))
+    module.bias = nn.Parameter(bias[:5].clone(), requires_grad=False)
+    with pytest.raises(ValueError, match=r"bias: expected \[24\] for weight \[24, 70\], got \[5\]"):
+        module(x)
+    module.bias = nn.Parameter(bias.bfloat16(), requires_grad=False)
+    with pytest.raises(TypeError, match=r"bias: expected torch\.float32 like the weight, got torch\.bfloat16"):
+        module(x)
+    module.bias = nn.Parameter(bias.to("meta"), requires_grad=False)
+    with pytest.raises(ValueError, match="bias: expected device cpu like the weight, got meta"):
+        module(x)
+
+
+def test_inputs_that_are_no_dense_tensor():
+    module, _ = layer()
+    x = torch.randn(2, 70)
+    with pytest.raises(TypeError, match="x: expected a tensor, got NoneType"):
+        module(None)
+    for other in (x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn()):
+        with pytest.raises(ValueError, match=r"x: expected a dense tensor, got layout torch\.\w+"):
+            module(other)
+    assert torch.equal(module(torch._efficientzerotensor(2, 70)), module(torch.zeros(2, 70)))
+
+
+@pytest.mark.parametrize("missing", [["starts", "codes", "values"], ["_extra_state"], ["codes"]])
+def test_a_part_of_a_packed_weight_is_not_loaded(missing):
+    """Codes that are read as those of another format lead out of the buffers."""
+    module, dense = layer("slots")
+    other, _ = layer("bitmask", density=0.6, seed=1)
+    state = {name: value for name, value in other.state_dict().items() if name not in missing}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="expected starts, codes, values, _extra_state together, got"):
+            module.load_state_dict(state, strict=strict)
+    module.load_state_dict({"bias": torch.ones(24)}, strict=False)
+    x = torch.randn(2, 70)
+    torch.testing.assert_close(module(x), F.linear(x, dense, torch.ones(24)))
+
+
+def test_shared_memory_stays_shared():
+    module, dense = layer("bitmask", 600, 1000)
+    assert module.values.nbytes > 600_000 and not module.values.is_shared()
+    module.share_memory()
+    assert module.codes.is_shared() and module.values.is_shared() and module.bias.is_shared()
+    x = torch.randn(2, 1000)
+    torch.testing.assert_close(module(x), F.linear(x, dense, module.bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", op.CODES)
+def test_packing_under_another_default_device(format):
+    weight, mask, _ = draw(24, 70, dtype=torch.bfloat16)
+    words = bitmask.pack(mask)
+    with torch.device("meta"):
+        packed = op.pack(weight, words, format)
+        assert torch.equal(op.unpack(packed), weight.masked_fill(~mask, 0))
+
+
 # ---- compress ----
 
 

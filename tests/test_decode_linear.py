@@ -59,7 +59,9 @@ def test_a_transposed_weight_and_wrong_arguments():
     words = bitmask.pack(mask)
     packed = op.pack(weight.T.contiguous().T, words, "gap8")
     assert same_bits(op.unpack(packed), weight.masked_fill(~mask, 0))
-    with pytest.raises(ValueError, match=r"format: expected one of gap4, gap8, tiles, slots, windows, bitmask, got 'gap2'"):
+    with pytest.raises(
+        ValueError, match=r"format: expected one of gap4, gap8, tiles, slots, windows, bitmask, got 'gap2'"
+    ):
         op.pack(weight, words, "gap2")
     with pytest.raises(TypeError, match=r"weight: expected float16 or bfloat16, got torch\.float32"):
         op.pack(weight.float(), words, "gap4")

@@ -64,6 +64,19 @@ def test_dead_units_go_first_and_the_plain_model_stays_a_candidate(monkeypatch, 
     assert ("dead units: 6 of 20 outputs removed" in text) == (winner != "dense")
 
 
+@pytest.mark.parametrize("winner", ["smaller", "mixed", "compiled", "resident"])
+def test_another_default_device(monkeypatch, winner):
+    """torch.set_default_device is for what the caller makes."""
+    prefer(monkeypatch, winner, "masked", "slots")
+    model, x = mlp(), torch.randn(3, 12)
+    expected = model(x)
+    with torch.device("meta"):
+        small = sl.compress(model, x)
+        found = small(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert "dead units: 6 of 20 outputs removed" in str(sl.explain(small))
+
+
 class TwoParts(nn.Module):
     def __init__(self, peeks=False):
         super().__init__()

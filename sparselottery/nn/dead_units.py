@@ -215,7 +215,7 @@ class _Chain:
         layer = step.module
         conv, weight = isinstance(layer, nn.Conv2d), _weight(layer)
         step.alive = (weight != 0).flatten(2).any(2) if conv else weight != 0
-        step.bias = torch.zeros(len(weight), dtype=torch.float64)
+        step.bias = torch.zeros(len(weight), dtype=torch.float64, device="cpu")
         if layer.bias is not None:
             step.bias += layer.bias.detach().double().cpu()
         if units is not None:
@@ -238,7 +238,7 @@ class _Chain:
         read = None  # everything
         for step in reversed(self.steps):
             if step.kind == "layer":
-                step.keep = torch.ones(len(step.alive), dtype=torch.bool) if read is None else read
+                step.keep = torch.ones(len(step.alive), dtype=torch.bool, device="cpu") if read is None else read
                 if not step.keep.any():
                     step.keep[0] = True  # torch has no convolution without channels
                 read = step.alive[step.keep].any(0) if step.known else None
@@ -359,7 +359,7 @@ def _through(module, kind, values):
 def _shrink_layer(step, columns):
     """Drop the outputs that are not kept and the inputs that do not come any more; says what was done, or nothing."""
     layer, rows = step.module, step.keep
-    columns = torch.ones(step.alive.shape[1], dtype=torch.bool) if columns is None else columns
+    columns = torch.ones(step.alive.shape[1], dtype=torch.bool, device="cpu") if columns is None else columns
     gone_out, gone_in = int((~rows).sum()), int((~columns).sum())
     if not (gone_out or gone_in or step.folded):
         return None

@@ -76,7 +76,7 @@ class DecodeLinear(nn.Module):
             code = decode_cpu.FORMATS[self.format]
             return decode_cpu.product(input, *parts, bias, code, self.out_features, self.in_features)
         dtype = self.values.dtype
-        if autocasts(input.device):
+        if isinstance(input, Tensor) and autocasts(input.device):
             wanted = torch.get_autocast_dtype(input.device.type)
             bias = None if self.bias is None else self.bias.to(dtype)
             with torch.autocast(input.device.type, enabled=False):
@@ -95,6 +95,7 @@ class DecodeLinear(nn.Module):
             and x.is_cpu
             and values.is_cpu
             and type(values) is Tensor
+            and x.layout is torch.strided
             and x.is_contiguous()
             and x.ndim > 0
             and x.shape[-1] == self.in_features
@@ -104,7 +105,19 @@ class DecodeLinear(nn.Module):
             and nothing_watches()
             and not torch._C._are_functorch_transforms_active()
             and not x.is_neg()
+            and not x._is_zerotensor()
+            and (bias is None or self._is_plain_bias(bias))
             and _ext.WHY_NOT is None
+        )
+
+    def _is_plain_bias(self, bias) -> bool:
+        """Parameters may have been converted, or replaced, without the buffers; C++ would read on past a short one."""
+        return (
+            bias.dtype is torch.float32
+            and bias.is_cpu
+            and bias.shape == (self.out_features,)
+            and bias.is_contiguous()
+            and not bias.is_neg()
         )
 
     def _product(self, x, bias):
@@ -142,6 +155,11 @@ class DecodeLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        whole = (*PARTS, "_extra_state")
+        found = [name for name in whole if prefix + name in state_dict]
+        if found and len(found) < len(whole):  # codes read as those of another format lead out of the buffers
+            error_msgs.append(f"{prefix}values: expected {', '.join(whole)} together, got {', '.join(found)} alone")
+            return
         extra = state_dict.get(prefix + "_extra_state")
         tensors = [state_dict.get(prefix + name) for name in PARTS]
         if extra is not None and all(isinstance(t, Tensor) for t in tensors):

@@ -454,7 +454,7 @@ def _survivor(module) -> tuple[int, ...]:
     word = int(words[row].nonzero()[0])
     bits = int(words[row, word]) & 0xFFFFFFFF
     column = 32 * word + (bits & -bits).bit_length() - 1
-    return row, *(int(i) for i in torch.unravel_index(torch.tensor(column), shape[1:]))
+    return row, *(int(i) for i in torch.unravel_index(torch.tensor(column, device="cpu"), shape[1:]))
 
 
 def values(module: nn.Module) -> list[Tensor | None]:

@@ -12,6 +12,8 @@ Three formats (csrc/decode_cpu.h has them bit by bit), values in float32 or bflo
 Where these kernels do not run (no extension, another device or dtype) the op is a dense layer.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -31,9 +33,10 @@ def pack(weight: Tensor, words: Tensor, format: str) -> tuple[Tensor, Tensor, Te
     """starts, codes and values of a contiguous weight on the CPU and the words of its mask."""
     (rows, columns), library, code = weight.shape, extension(), FORMATS[format]
     slices = library.cpu_decode_cpu_slices(code, rows, columns)
-    starts = torch.empty((slices + 1, 2 + _PLACES) if format != "bitmask" else (slices + 1,), dtype=torch.int32)
+    empty = functools.partial(torch.empty, device="cpu")  # whatever torch.set_default_device says
+    starts = empty((slices + 1, 2 + _PLACES) if format != "bitmask" else (slices + 1,), dtype=torch.int32)
     sizes = library.cpu_decode_cpu_layout(code, words.data_ptr(), rows, columns, starts.data_ptr())
-    codes, values = torch.empty(sizes[0], dtype=torch.uint8), torch.empty(sizes[1], dtype=weight.dtype)
+    codes, values = empty(sizes[0], dtype=torch.uint8), empty(sizes[1], dtype=weight.dtype)
     tensors = (weight, words, starts, codes, values)
     dtype = DTYPE_CODES[weight.dtype]
     library.cpu_decode_cpu_pack(code, rows, columns, dtype, *(t.data_ptr() for t in tensors))

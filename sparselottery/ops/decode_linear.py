@@ -95,11 +95,12 @@ def pack(weight: Tensor, words: Tensor, format: str) -> DecodeWeight:
         tensors = decode_cpu.pack(dense, mask, format)
         return DecodeWeight(format, rows, columns, *(t.to(weight.device) for t in tensors))
     steps = -(-rows // _SIDE) * -(-columns // _STEP)
-    starts = torch.empty((steps, 2) if format == "tiles" else (rows + 1,), dtype=torch.int32)
+    empty = functools.partial(torch.empty, device="cpu")  # whatever torch.set_default_device says
+    starts = empty((steps, 2) if format == "tiles" else (rows + 1,), dtype=torch.int32)
     library, code = extension(), FORMATS[format]
     units = library.cpu_decode_linear_layout(code, mask.data_ptr(), rows, columns, starts.data_ptr())
-    codes = torch.empty(units, _CODE_BYTES[format], dtype=torch.uint8)
-    values = torch.empty(units, _UNIT if format == "tiles" else _GROUP, dtype=weight.dtype)
+    codes = empty(units, _CODE_BYTES[format], dtype=torch.uint8)
+    values = empty(units, _UNIT if format == "tiles" else _GROUP, dtype=weight.dtype)
     library.cpu_decode_linear_pack(
         code,
         dense.data_ptr(),
@@ -175,6 +176,8 @@ def decode_linear(x: Tensor, packed: DecodeWeight, bias: Tensor | None = None) -
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.layout is not torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got layout {t.layout}")
         if t.dtype != values.dtype:
             raise TypeError(f"{name}: expected {values.dtype} like the weight, got {t.dtype}")
         if t.device != values.device:

@@ -14,13 +14,14 @@ _LEAST = 512 << 10  # below, the second-level cache has it
 
 
 def settled(t: Tensor) -> Tensor:
-    """A tensor of these values at the start of a huge page, `t` itself where it is there already, small or not plain memory.
+    """A tensor of these values at the start of a huge page; `t` itself where it is there already, small, shared with other
+    processes or not plain memory.
 
     The system is asked for huge pages, and may refuse.
     """
     if type(t) is not Tensor or not t.is_cpu or t.nbytes < _LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
         return t
-    if t.data_ptr() % _PAGE == 0 and t.is_contiguous():
+    if (t.data_ptr() % _PAGE == 0 and t.is_contiguous()) or t.is_shared():
         return t
     size = t.nbytes + _PAGE - t.nbytes % _PAGE
     memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
