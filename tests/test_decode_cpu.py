@@ -333,6 +333,18 @@ def test_a_bias_that_was_converted_or_replaced_is_looked_at():
         module(x)
 
 
+@pytest.mark.parametrize("format", decode_cpu.FORMATS)
+def test_no_bias(monkeypatch, format):
+    prefer(monkeypatch, format, "mixed")
+    model, x = nn.Sequential(nn.Linear(128, 96, bias=False)), torch.randn(2, 128)
+    sl.prune(model, density=0.2)
+    small = sl.compress(model, x)
+    assert isinstance(small[0], DecodeLinear) and small[0].bias is None and list(small.parameters()) == []
+    again = DecodeLinear(small[0].packed, density=0.2)
+    for found in (small(x), copy.deepcopy(small)(x), again(x)):
+        torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_inputs_that_are_no_dense_tensor():
     module, _ = layer()
     x = torch.randn(2, 70)

@@ -41,7 +41,7 @@ class DecodeLinear(nn.Module):
     def __init__(self, packed: op.DecodeWeight, bias: Tensor | None = None, *, density: float):
         super().__init__()
         self._take(packed, density)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def _take(self, packed, density):
         self.format, self.density = packed.format, density
