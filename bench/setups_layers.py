@@ -5,6 +5,7 @@ import math
 import warnings
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from sparselottery.bench import setups_structures
@@ -17,6 +18,7 @@ from sparselottery.bench.setups_common import (
     our_candidates,
     random_mask,
 )
+from sparselottery.nn import MaskedLinear
 from sparselottery.ops import reference
 
 L2_BYTES = 50e6  # inputs on a GPU are rotated so that none is found in the cache
@@ -99,19 +101,29 @@ def layer_work(case, sets, mask, draw, ours, baselines, plain, by_hand=lambda gr
 
 
 def linear(case, seed) -> Work:
-    """y = x (W∘M)^T + b against nn.Linear, prune-style W * mask and torch.sparse CSR."""
+    """MaskedLinear against nn.Linear, as layers are called, prune-style W * mask and torch.sparse CSR."""
     if case.structure:
         return setups_structures.linear(case, seed)
-    from sparselottery.ops.masked_linear import masked_linear
-
     inputs, outputs = case.sizes
-    sets, mask, words, draw = draw_layer(case, seed, (outputs, inputs), (case.batch, inputs), inputs)
-    factor = mask.to(sets[0][0].dtype)
+    drawn, mask, words, draw = draw_layer(case, seed, (outputs, inputs), (case.batch, inputs), inputs)
+    factor = mask.to(drawn[0][0].dtype)
+    sets, masked, plain_layers = [], {}, {}
+    for x, *parameters in drawn:
+        weight, bias = (nn.Parameter(t.detach(), t.requires_grad) for t in parameters)
+        layer = MaskedLinear(inputs, outputs, mask=mask.cpu(), device=x.device, dtype=x.dtype)
+        plain_layers[weight] = nn.Linear(inputs, outputs, device=x.device, dtype=x.dtype)
+        masked[weight] = layer
+        for m in (layer, plain_layers[weight]):
+            m.weight, m.bias = weight, bias
+        sets.append((x, weight, bias))
 
     def ours(x, weight, bias):
-        return masked_linear(x, weight, words, bias, premasked=True)
+        return masked[weight](x)
 
-    baselines = {"dense": F.linear, "prune-style": lambda x, weight, bias: F.linear(x, weight * factor, bias)}
+    baselines = {
+        "dense": lambda x, weight, bias: plain_layers[weight](x),
+        "prune-style": lambda x, weight, bias: F.linear(x, weight * factor, bias),
+    }
 
     def plain(x, weight, bias):
         return reference.masked_linear(x, weight, words, bias)

@@ -116,6 +116,15 @@ def package_version(name: str) -> str | None:
         return None
 
 
+@functools.cache
+def build_stamp() -> str | None:
+    """Differs between builds of the extension: when its file was written, and how long it is. None without one."""
+    if _C is None:
+        return None
+    about = os.stat(_C.__file__)
+    return f"{about.st_mtime_ns}-{about.st_size}"
+
+
 def cpu_model() -> str:
     """The processor's name as the system gives it."""
     try:

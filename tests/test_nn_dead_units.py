@@ -246,7 +246,7 @@ def test_any_network_computes_the_same(seed):
             pick(3)
         ]
     with torch.no_grad():
-        features = nn.Sequential(*modules, nn.Flatten())(torch.zeros(1, 2, side, side)).shape[1]
+        features = nn.Sequential(*modules, nn.Flatten())(torch.zeros(2, 2, side, side)).shape[1]
     modules += [nn.Flatten(), nn.Linear(features, 5), nn.ReLU(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)]
     model = nn.Sequential(*modules)
     with torch.no_grad():

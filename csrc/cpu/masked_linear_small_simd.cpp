@@ -119,50 +119,55 @@ SL_INLINE void dot_rows(const SmallArgs& a, int64_t row, int64_t end, int64_t sa
   for (; row < end; row += R) dot<B, R>(a, row, sample);
 }
 
-// dX of B samples at C vectors of columns.
-template <int B, int C>
-void input(const SmallArgs& a, int64_t column, int64_t sample) {
+// Adds the products of R rows to dX of B samples at the columns [column, end).
+template <int B, int R>
+void input(const SmallArgs& a, int64_t row, int64_t column, int64_t end, int64_t sample) {
   const int64_t per_row = (a.columns + 31) / 32;
-  const float* grad = a.grad + sample * a.grad_stride;
-  const float* weight = a.weight;
-  const uint32_t* words = a.words;
-  V sum[C * B];
+  const float* grad = a.grad + sample * a.grad_stride + row;
+  const float* weight = a.weight + row * a.columns;
+  const uint32_t* words = a.words + row * per_row;
+  float* dx = a.dx + sample * a.columns;
+  V g[R * B];
 #pragma GCC unroll 16
-  for (int i = 0; i < C * B; i++) sum[i] = zero();
-  for (int64_t r = 0; r < a.rows; r++) {
-    V g[B];
+  for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
-    for (int b = 0; b < B; b++) g[b] = set1(grad[b * a.grad_stride + r]);
-#pragma GCC unroll 16
-    for (int c = 0; c < C; c++) {
-      const int64_t j = column + c * kWidth;
-      const V w = kept(weight, words, j, C == 1 ? a.columns - j : kWidth);
-#pragma GCC unroll 4
-      for (int b = 0; b < B; b++) sum[c * B + b] = fma(w, g[b], sum[c * B + b]);
-    }
-    weight += a.columns;
-    words += per_row;
+    for (int b = 0; b < B; b++) g[r * B + b] = set1(grad[b * a.grad_stride + r]);
   }
-#pragma GCC unroll 16
-  for (int c = 0; c < C; c++) {
-    const int64_t j = column + c * kWidth;
+  int64_t j = column;
+  for (; j + kWidth <= end; j += kWidth) {
+    V sum[B];
 #pragma GCC unroll 4
-    for (int b = 0; b < B; b++) {
-      float* out = a.dx + (sample + b) * a.columns + j;
-      if (C > 1 || a.columns - j >= kWidth) {
-        store(out, sum[c * B + b]);
-      } else {
-        store(out, sum[c * B + b], (int)(a.columns - j));
-      }
+    for (int b = 0; b < B; b++) sum[b] = load(dx + b * a.columns + j);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const V w = load_kept(weight + r * a.columns + j, bits_at(words + r * per_row, j));
+#pragma GCC unroll 4
+      for (int b = 0; b < B; b++) sum[b] = fma(w, g[r * B + b], sum[b]);
     }
+#pragma GCC unroll 4
+    for (int b = 0; b < B; b++) store(dx + b * a.columns + j, sum[b]);
+  }
+  if (j < end) {
+    const int n = (int)(end - j);
+    V sum[B];
+#pragma GCC unroll 4
+    for (int b = 0; b < B; b++) sum[b] = load(dx + b * a.columns + j, n);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const V w = kept(weight + r * a.columns, words + r * per_row, j, n);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; b++) sum[b] = fma(w, g[r * B + b], sum[b]);
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < B; b++) store(dx + b * a.columns + j, sum[b], n);
   }
 }
 
 template <int B>
-SL_INLINE void input_columns(const SmallArgs& a, int64_t column, int64_t end, int64_t sample) {
-  constexpr int C = B <= 2 && kSums / B > 8 ? 8 : kSums / (B == 3 ? 4 : B);
-  for (; column + C * kWidth <= end; column += C * kWidth) input<B, C>(a, column, sample);
-  for (; column < end; column += kWidth) input<B, 1>(a, column, sample);
+SL_INLINE void input_rows(const SmallArgs& a, int64_t row, int64_t last, int64_t column, int64_t end, int64_t sample) {
+  constexpr int R = B == 1 ? 8 : kSums / (B == 3 ? 4 : B);
+  for (; row + R <= last; row += R) input<B, R>(a, row, column, end, sample);
+  for (; row < last; row++) input<B, 1>(a, row, column, end, sample);
 }
 
 // dW at R rows and C vectors of columns.
@@ -242,12 +247,23 @@ void masked_linear_small_forward(const SmallArgs& a) {
 
 void masked_linear_small_backward(const SmallArgs& a) {
   if (a.dx != nullptr) {
-    constexpr int64_t kColumns = 8 * kWidth;
-    const int64_t blocks = (a.columns + kColumns - 1) / kColumns;
+    // Rows of weights are read from end to end, as memory likes it; a panel of dX stays in the first-level cache
+    // meanwhile, and some rows do for all samples.
+    constexpr int64_t kRows = 16, kPanel = 4096;
+    const int64_t wide = kPanel / a.batch > 256 ? kPanel / a.batch : 256;
+    const int64_t share = ((a.columns + a.threads - 1) / a.threads + kWidth - 1) / kWidth * kWidth;
+    const int64_t panel = smaller(wide, share) / kWidth * kWidth;
+    const int64_t blocks = (a.columns + panel - 1) / panel;
 #pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
     for (int64_t i = 0; i < blocks; i++) {
-      const int64_t column = i * kColumns, end = smaller(a.columns, column + kColumns);
-      SL_BY_SAMPLES(input_columns, column, end)
+      const int64_t column = i * panel, end = smaller(a.columns, column + panel);
+      for (int64_t b = 0; b < a.batch; b++) {
+        for (int64_t j = column; j < end; j++) a.dx[b * a.columns + j] = 0;
+      }
+      for (int64_t row = 0; row < a.rows; row += kRows) {
+        const int64_t last = smaller(a.rows, row + kRows);
+        SL_BY_SAMPLES(input_rows, row, last, column, end)
+      }
     }
   }
   if (a.dw != nullptr) {

@@ -156,25 +156,39 @@ class MaskedWeight:
         )
         return wanted if True in wanted else None
 
+    def _kind_of_call(self, input: Tensor, layout=None) -> tuple:
+        """All that the way of a call depends on but the mask, and a weight's dtype and device: `_restore` looks after those.
+
+        `layout`: what else of the input the answer depends on. Each forward asks this, so calls into Python are few.
+        """
+        on_cpu = input.is_cpu
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        return (
+            input.shape,
+            input.dtype,
+            on_cpu or input.device,
+            weight.shape,
+            torch.is_grad_enabled()
+            and (input.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad),
+            dispatch.state(),
+            torch.is_autocast_enabled("cpu") if on_cpu else autocasts(input.device),
+            layout,
+        )
+
     def _route(self, input: Tensor, decide: Callable[[tuple | None], tuple[bool | None, object]], layout=None) -> tuple:
         """What `decide` says of such a call, asked anew only when something about it changes.
 
         That is: whether it goes to the library (None: not known yet, to be asked again), and anything that goes with the answer.
-        `layout`: what else of the input the answer depends on. A mask or a weight of another dtype or device makes `_restore`
-        forget the answer.
         """
         if not isinstance(input, Tensor):
             return None, None  # the op says what is wrong
-        wanted, device = self._wanted(input), input.device
-        shape = self._parameters["weight"].shape
-        call = (input.shape, input.dtype, device, shape, wanted, dispatch.state(), autocasts(device), layout)
-        last = self._call
-        if last is None or last[0] != call:
-            answer = decide(wanted)
-            if answer[0] is None:
-                return answer
-            self.__dict__["_call"] = last = (call, answer)
-        return last[1]
+        kind, last = self._kind_of_call(input, layout), self._call
+        if last is not None and last[0] == kind:
+            return last[1]
+        answer = decide(self._wanted(input))
+        if answer[0] is not None:
+            self.__dict__["_call"] = (kind, answer)
+        return answer
 
     def _weight_for_library(self) -> Tensor:
         """The weight for torch's own dense layers: what comes back as its gradient through this use is masked.

@@ -42,6 +42,8 @@ BACKENDS = ("dense", "cpu", "triton", "cuda", "reference")
 KEY_FIELDS = ("direction", "shape", "dtype", "density_bucket", "batch", "threads", "device")
 
 _ROUNDS = 5  # timed runs per candidate, after one that warms up
+_MORE_ROUNDS = 25  # of runs so short that they all end within _SHORT seconds: those of microseconds vary most
+_SHORT = 0.01
 _BUDGET = 0.3  # seconds that one measurement may take; a candidate's first run always ends
 _LOG = logging.getLogger(__name__)
 
@@ -240,7 +242,7 @@ def fastest(seconds: dict[str, float]) -> str:
 
 
 def measure(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each candidate: one run each to warm up, then up to five rounds of one run each, in turn.
+    """Median seconds of each candidate: one run each to warm up, then up to 5 rounds of one run each, in turn, 25 of short ones.
 
     One that this GPU is not made for (Triton cannot compile it, it asks for more memory than there is) is left out, with a
     warning.
@@ -261,8 +263,8 @@ def measure(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
             times[name][0] > _BUDGET / 10
         ):  # long runs vary little and need no warming up: the second one would only cost
             times[name].append(times[name][0])
-    for _ in range(_ROUNDS):
-        if time.perf_counter() - start > _BUDGET:
+    for turn in range(_MORE_ROUNDS):
+        if time.perf_counter() - start > (_BUDGET if turn < _ROUNDS else _SHORT):
             break
         for name, runs in times.items():
             runs.append(_seconds(candidates[name]))
@@ -329,13 +331,14 @@ def _row(record):
 # ---- the file ----
 
 
-def fingerprint() -> dict[str, str]:
+def fingerprint() -> dict[str, str | None]:
     """What a measurement depends on besides its key."""
     isa = _ext.extension().cpu_isa() if _ext.WHY_NOT is None else "none"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     version = _ext.package_version("sparselottery")  # None: imported from a source tree that was never installed
     about = {"cpu": _ext.cpu_model(), "isa": isa, "gpu": gpu, "torch": torch.__version__, "sparselottery": version}
-    return about | {"format": "2"}  # of the records: 1 had decisions that counted CALL
+    # A build of other kernels has other times, whatever its version. Format, of the records: 1 had decisions that counted CALL.
+    return about | {"build": _ext.build_stamp(), "format": "2"}
 
 
 def cache_file() -> Path:

@@ -98,20 +98,20 @@ def _unit_rows(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def cpu(x, weight, words, bias, relu=False, trains=False, anew=False):
-    """`trains`: the weight changes between calls. `anew`: as if it had, since the last one."""
+def cpu(x, weight, words, bias, relu=False, trains=False, anew=False, held=None):
+    """`trains`: the weight changes between calls. `anew`: as if it had, since the last one. `held`: `plan_of` these tensors."""
     if not weight.is_contiguous():
-        weight = weight.contiguous()
+        weight, held = weight.contiguous(), None
     shape = weight.shape
     dtype = x.dtype
     if dtype is not torch.float32:
         x, bias = x.float(), None if bias is None else bias.float()
     rows = _unit_rows(x)
     batch = rows.shape[0]
-    y = torch.empty((batch, shape[0]), dtype=torch.float32, device="cpu")
+    y = rows.new_empty(batch, shape[0])
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    plan, values = plan_of(words, weight, shape)
+    plan, values = held or plan_of(words, weight, shape)
     if anew:
         values = (*values[:3], False)
     plan.forward(
@@ -130,23 +130,25 @@ def cpu(x, weight, words, bias, relu=False, trains=False, anew=False):
     return y if x.ndim == 2 else y.view(*x.shape[:-1], shape[0])
 
 
-def cpu_backward(grad, x, weight, words, output_mask, watched=False):
+def cpu_backward(grad, x, weight, words, output_mask, watched=False, held=None):
     """None for a gradient that is not asked for.
 
-    `watched`: dW's reader is eager torch, whose writes move version counters; compiled code's need not.
+    `watched`: dW's reader is eager torch, whose writes move version counters; compiled code's need not. `held`: as for `cpu`.
     """
     if not (output_mask[0] or output_mask[1]) or weight.numel() == 0:
         return dense_backward(grad, x, weight, words, True, output_mask)
     if not weight.is_contiguous():
-        weight = weight.contiguous()
+        weight, held = weight.contiguous(), None
     shape = weight.shape
     dtype = grad.dtype
     if dtype is not torch.float32:
         grad, x = grad.float(), x.float() if output_mask[1] else x
-    plan, values = plan_of(words, weight, shape)
+    plan, values = held or plan_of(words, weight, shape)
     rows = _unit_rows(grad)
     inputs = _unit_rows(x) if output_mask[1] else None
-    dx = torch.empty((*grad.shape[:-1], shape[1]), dtype=torch.float32, device="cpu") if output_mask[0] else None
+    dx = None
+    if output_mask[0]:  # a tuple of lengths costs 1 us
+        dx = rows.new_empty(rows.shape[0], shape[1]) if grad.ndim == 2 else rows.new_empty((*grad.shape[:-1], shape[1]))
     memory, is_zero = None, False
     if not output_mask[1]:
         dw = None
@@ -155,7 +157,7 @@ def cpu_backward(grad, x, weight, words, output_mask, watched=False):
     else:
         memory = INDEXES[id(words)].gradient
         dw, is_zero = memory.lend(shape, plan)
-    db = torch.empty(shape[0], dtype=torch.float32, device="cpu") if output_mask[2] else None
+    db = rows.new_empty(shape[0]) if output_mask[2] else None
     plan.backward(
         *values,
         rows.data_ptr(),

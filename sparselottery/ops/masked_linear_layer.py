@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from . import dispatch
 from .library import is_plain
 from .masked_linear import OP, cpu, cpu_backward, dense_backward, differentiable_backward, keys_of, masked_linear, rule
+from .masked_linear_index import plan_of
 
 DENSE = ("dense", "dense")
 _GATHER = (
@@ -55,14 +56,20 @@ class _Prepared(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, words, names):
-        ctx.name = names[1]
         trains = ctx.needs_input_grad[1]
         ctx.save_for_backward(x if trains else None, weight, words)
-        return cpu(x, weight, words, bias, False, trains) if names[0] == "cpu" else F.linear(x, weight, bias)
+        held = None  # of both passes: what is saved is looked at again, and has not changed in between
+        if "cpu" in names and weight.is_contiguous():
+            held = plan_of(words, weight, weight.shape)
+        ctx.backend = names[1], held
+        if names[0] == "cpu":
+            return cpu(x, weight, words, bias, False, trains, False, held)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, words = ctx.saved_tensors
+        name, held = ctx.backend
         asked = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
             dx, dw, db = differentiable_backward(grad, x, weight, words, asked)
@@ -70,8 +77,8 @@ class _Prepared(torch.autograd.Function):
             x = grad.new_empty(0) if x is None else x
             wanted = list(asked[:3])
             dx, dw, db = torch.ops.sparselottery.masked_linear_backward(grad, x, weight, words, True, wanted)
-        elif ctx.name == "cpu":
-            dx, dw, db = cpu_backward(grad, x, weight, words, asked, True)
+        elif name == "cpu":
+            dx, dw, db = cpu_backward(grad, x, weight, words, asked, True, held)
         else:
             dx, dw, db = dense_backward(grad, x, weight, words, True, asked)
         return dx if asked[0] else None, dw if asked[1] else None, db if asked[2] else None, None, None
