@@ -96,6 +96,20 @@ def test_training_steps(isa, density, numbers, batch=18):
             torch.testing.assert_close(stored.double(), m.weight.detach(), rtol=1e-3, atol=1e-4)
 
 
+def test_a_smaller_batch_after_one_without_memory():
+    model = build(everything(), 0.4).train()
+    x, y, order = torch.randn(50, 3, 9, 7), torch.randint(5, (50,)), torch.randint(50, (18,))
+    options = dict.fromkeys(("momentum", "dampening", "nesterov", "beta1", "beta2", "eps", "decoupled"), 0.0)
+    losses = []
+    for batches in ([18], [2**45, 2**44, 18]):
+        network = make(model, (3, 9, 7), optimizer=options | {"adam": 0.0, "weight_decay": 0.0})
+        for batch in batches[:-1]:
+            with pytest.raises(MemoryError):
+                network.train(x.data_ptr(), x[0].numel(), y.data_ptr(), order.data_ptr(), batch, [0.1])
+        losses.append(network.train(x.data_ptr(), x[0].numel(), y.data_ptr(), order.data_ptr(), 18, [0.1]))
+    assert losses[0] == losses[1]
+
+
 # ---- sl.resident over shapes, densities, strides and pools ----
 
 sizes = st.integers(1, 9)

@@ -134,25 +134,26 @@ void Blueprint::reserve(Memory& m, int64_t slots, int64_t private_slots, const s
   m.node.resize(nodes.size());
   m.slots.resize(nodes.size(), 0);
   const auto space = [&](size_t i) { return gradients ? nodes[i].gradient : nodes[i].activation; };
-  bool grows = false;
+  std::vector<int64_t> most = m.slots;
   for (size_t i = gradients && !wants_dx ? 1 : 0; i < nodes.size(); i++) {
     const bool flat = space(i).flat, own = inside[i] && !flat;
     const int64_t wanted = own ? private_slots : flat ? (slots + kTile - 1) / kTile * kTile : slots;
-    grows = grows || wanted > m.slots[i];
-    m.slots[i] = std::max(m.slots[i], wanted);
+    most[i] = std::max(most[i], wanted);
   }
-  if (!grows) return;
+  if (most == m.slots) return;
   // Nodes a power of two of bytes apart would push each other out of the caches.
   const int64_t apart = kPlaneRest * k.width;
-  const auto size = [&](size_t i) { return m.slots[i] * space(i).group_size(nodes[i].extent) * k.width; };
+  const auto size = [&](size_t i) { return most[i] * space(i).group_size(nodes[i].extent) * k.width; };
   int64_t total = 0;
   for (size_t i = 0; i < nodes.size(); i++) total += size(i) + apart;
+  m.slots.assign(nodes.size(), 0);  // without room for more, what there was is gone too: a smaller batch reserves anew
   float* next = m.all.reserve(total);
   std::fill_n(next, total, 0.f);  // margins stay as they are from here on
   for (size_t i = 0; i < nodes.size(); i++) {
-    m.node[i] = m.slots[i] > 0 ? next : nullptr;
+    m.node[i] = most[i] > 0 ? next : nullptr;
     next += size(i) + apart;
   }
+  m.slots = std::move(most);
 }
 
 View Blueprint::view(const Memory& m, int64_t node, bool gradient, const Extent& extent, int64_t group, int64_t slot,
