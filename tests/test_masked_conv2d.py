@@ -457,6 +457,25 @@ def test_bad_input_names_the_argument(change, error, says):
         masked_conv2d(**arguments)
 
 
+@pytest.mark.parametrize("negative", ["x", "grad"])
+def test_negative_views(monkeypatch, negative):
+    """z.conj().imag is a strided view whose sign is still to be applied."""
+    monkeypatch.setenv("SPARSELOTTERY_BACKEND", "cpu")
+    (x, w, words, b), arguments, _ = sample("3x3")
+    y = reference.masked_conv2d(x, w, words, b, (1, 1), (1, 1), (1, 1), 1)
+    grad = torch.randn_like(y)
+    exact = expected((x, w, words, b), arguments, grad)
+    if negative == "x":
+        x = torch.complex(x, -x).conj().imag
+    else:
+        grad = torch.complex(grad, -grad).conj().imag
+    assert (x if negative == "x" else grad).is_neg()
+    inputs = [t.detach().requires_grad_() for t in (x, w, b)]
+    y = masked_conv2d(inputs[0], inputs[1], words, inputs[2], *arguments)
+    for found, wanted in zip((y, *torch.autograd.grad(y, inputs, grad)), exact, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("stride", [9, (3, 10**6), 2**40])
 def test_strides_beyond_the_image(monkeypatch, stride):
     """One output, whatever the stride: nothing is counted in strides then."""

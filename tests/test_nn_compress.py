@@ -77,6 +77,17 @@ def test_another_default_device(monkeypatch, winner):
     assert "dead units: 6 of 20 outputs removed" in str(sl.explain(small))
 
 
+@pytest.mark.parametrize("winner", ["smaller", "mixed", "compiled", "resident"])
+def test_arguments_by_name_and_outputs_that_are_not_finite(monkeypatch, winner):
+    prefer(monkeypatch, winner, "masked", "slots")
+    model, x = mlp(), torch.randn(3, 12)
+    small = sl.compress(model, {"input": x})
+    torch.testing.assert_close(small(input=x), model(x), rtol=1e-5, atol=1e-6)
+    x[1] = float("nan")
+    small = sl.compress(model, x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 class TwoParts(nn.Module):
     def __init__(self, peeks=False):
         super().__init__()

@@ -140,7 +140,8 @@ class CompiledMLP(nn.Module):
         self._compiled = None
         _watch()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the name that it has in nn.Sequential
+        x = input
         if not self._may_compile(x):
             return self.network(x)
         if self._compiled is None or not self._compiled.is_current(self.network):
@@ -177,6 +178,7 @@ class CompiledMLP(nn.Module):
             and forward_ad._current_level < 0
             and not has_global_hooks()
             and not x.is_neg()  # not before is_compiling: dynamo cannot trace it
+            and not x._is_zerotensor()
             and dispatch.forced() in (None, "cpu")
         )
 

@@ -66,7 +66,9 @@ def _cpu_plan(x, weight, words, stride, padding, dilation, groups):
 def _cpu(x, weight, words, bias, stride, padding, dilation, groups):
     plan = _cpu_plan(x, weight, words, stride, padding, dilation, groups)
     dtype = x.dtype
-    x, weight, bias = x.float(), weight.float().contiguous(), None if bias is None else bias.float().contiguous()
+    # C++ reads x where and as it lies: no copy has applied the sign of a negative view (z.conj().imag).
+    x = x.float().resolve_neg()
+    weight, bias = weight.float().contiguous(), None if bias is None else bias.float().contiguous()
     y = x.new_empty(_output_shape(x, weight, stride, padding, dilation))
     _ext.extension().cpu_masked_conv2d_forward(
         plan, x.shape[0], x.data_ptr(), x.stride(), weight.data_ptr(), _address(bias), y.data_ptr()
@@ -77,7 +79,7 @@ def _cpu(x, weight, words, bias, stride, padding, dilation, groups):
 def _cpu_backward(grad, x, weight, words, stride, padding, dilation, groups, output_mask):
     plan = _cpu_plan(x, weight, words, stride, padding, dilation, groups)
     dtype = x.dtype
-    grad, x, weight = grad.float(), x.float(), weight.float().contiguous()
+    grad, x, weight = grad.float().resolve_neg(), x.float().resolve_neg(), weight.float().contiguous()
     shapes = (x.shape, weight.shape, weight.shape[:1])
     gradients = [x.new_empty(shape) if wanted else None for shape, wanted in zip(shapes, output_mask, strict=True)]
     _ext.extension().cpu_masked_conv2d_backward(
