@@ -462,8 +462,7 @@ def test_negative_views(monkeypatch, negative):
     """z.conj().imag is a strided view whose sign is still to be applied."""
     monkeypatch.setenv("SPARSELOTTERY_BACKEND", "cpu")
     (x, w, words, b), arguments, _ = sample("3x3")
-    y = reference.masked_conv2d(x, w, words, b, (1, 1), (1, 1), (1, 1), 1)
-    grad = torch.randn_like(y)
+    grad = torch.randn(2, 6, 7, 9)
     exact = expected((x, w, words, b), arguments, grad)
     if negative == "x":
         x = torch.complex(x, -x).conj().imag
