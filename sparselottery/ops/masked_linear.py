@@ -130,10 +130,11 @@ def cpu(x, weight, words, bias, relu=False, trains=False, anew=False, held=None)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], shape[0])
 
 
-def cpu_backward(grad, x, weight, words, output_mask, watched=False, held=None):
+def cpu_backward(grad, x, weight, words, output_mask, watched=False, held=None, anew=False):
     """None for a gradient that is not asked for.
 
-    `watched`: dW's reader is eager torch, whose writes move version counters; compiled code's need not. `held`: as for `cpu`.
+    `watched`: dW's reader is eager torch, whose writes move version counters; compiled code's need not. `held`, `anew`: as for
+    `cpu`.
     """
     if not (output_mask[0] or output_mask[1]) or weight.numel() == 0:
         return dense_backward(grad, x, weight, words, True, output_mask)
@@ -144,6 +145,8 @@ def cpu_backward(grad, x, weight, words, output_mask, watched=False, held=None):
     if dtype is not torch.float32:
         grad, x = grad.float(), x.float() if output_mask[1] else x
     plan, values = held or plan_of(words, weight, shape)
+    if anew:
+        values = (*values[:3], False)
     rows = _unit_rows(grad)
     inputs = _unit_rows(x) if output_mask[1] else None
     dx = None
@@ -335,13 +338,16 @@ def _backward(grad, x, weight, words, premasked, output_mask, watched=False):
         grad,
         key and dispatch.bucket_density(key[3]),
         lambda: dense_backward(grad, x, weight, words, premasked, output_mask),
-        lambda: _defined(cpu_backward(grad, x, weight, words, output_mask, watched), grad),
+        lambda: _defined(cpu_backward(grad, x, weight, words, output_mask, watched, anew=output_mask[1]), grad),
         lambda: _triton_backward(grad, x, weight, words, output_mask),
         lambda: _reference_backward(grad, x, weight, words, output_mask),
         lambda: _emulated_backward(grad, x, weight, words, premasked, output_mask),
         lambda: _sparse_backward(grad, x, weight, words, output_mask),
     )
-    return candidates[name or _choose("backward", key, candidates)]()
+    name = name or _choose("backward", key, candidates)
+    if name == "cpu":
+        return _defined(cpu_backward(grad, x, weight, words, output_mask, watched), grad)
+    return candidates[name]()
 
 
 LIBRARY.impl("masked_linear", _forward, "CompositeExplicitAutograd")
