@@ -100,6 +100,16 @@ def special_mask(kind, shape, seed):
     return keep
 
 
+@pytest.mark.parametrize("outputs", [1, 40])
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_views_that_are_read_with_the_other_sign(cpu, batch, outputs):
+    """As `.imag` of a conjugate is: the memory behind them holds -t."""
+    *tensors, keep = sparse_sample(batch, 33, outputs, 0.5)
+    x, w, b, grad = (torch._neg_view(-t) for t in tensors)
+    assert x.is_neg() and grad.is_neg()
+    assert_parity(x, w, b, grad, keep)
+
+
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.one_of(st.integers(0, 70), st.sampled_from([1, 16, 32, 128])),

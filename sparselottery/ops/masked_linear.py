@@ -95,13 +95,13 @@ def _sparse_backward(grad, x, weight, words, output_mask):
 def _unit_rows(t):
     """`[*, n]` -> `[rows, n]` with neighbours in a row next to each other, copied only where they are not."""
     t = _rows(t)
-    return t if t.stride(1) == 1 else t.contiguous()
+    return t if t.stride(1) == 1 and not t.is_neg() else t.resolve_neg().contiguous()
 
 
 def cpu(x, weight, words, bias, relu=False, trains=False, anew=False, held=None):
     """`trains`: the weight changes between calls. `anew`: as if it had, since the last one. `held`: `plan_of` these tensors."""
-    if not weight.is_contiguous():
-        weight, held = weight.contiguous(), None
+    if not weight.is_contiguous() or weight.is_neg():
+        weight, held = weight.resolve_neg().contiguous(), None
     shape = weight.shape
     dtype = x.dtype
     if dtype is not torch.float32:
@@ -109,8 +109,8 @@ def cpu(x, weight, words, bias, relu=False, trains=False, anew=False, held=None)
     rows = _unit_rows(x)
     batch = rows.shape[0]
     y = rows.new_empty(batch, shape[0])
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
+    if bias is not None and (bias.is_neg() or not bias.is_contiguous()):
+        bias = bias.resolve_neg().contiguous()
     plan, values = held or plan_of(words, weight, shape)
     if anew:
         values = (*values[:3], False)
@@ -138,8 +138,8 @@ def cpu_backward(grad, x, weight, words, output_mask, watched=False, held=None, 
     """
     if not (output_mask[0] or output_mask[1]) or weight.numel() == 0:
         return dense_backward(grad, x, weight, words, True, output_mask)
-    if not weight.is_contiguous():
-        weight, held = weight.contiguous(), None
+    if not weight.is_contiguous() or weight.is_neg():
+        weight, held = weight.resolve_neg().contiguous(), None
     shape = weight.shape
     dtype = grad.dtype
     if dtype is not torch.float32:
