@@ -30,6 +30,7 @@ TESTS = {
     "masked_linear_cpu": (
         *("cpu_parity_property", "one_sample_with_gathers_and_with_loads", "cpu_writes_every_element"),
         *("cpu_large_gradient_is_streamed_to_every_element", "cpu_is_the_same_for_any_number_of_threads"),
+        "cpu_dense_products_under_the_mask",
     ),
     "masked_optim": ("strides_do_not_matter", "any_number_of_threads_gives_the_same_bits"),
     "network": ("max_pooling_of_ties_and_special_values", "new_values_and_a_second_tape"),
