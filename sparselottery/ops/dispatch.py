@@ -337,7 +337,8 @@ def fingerprint() -> dict[str, str | None]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     version = _ext.package_version("sparselottery")  # None: imported from a source tree that was never installed
     about = {"cpu": _ext.cpu_model(), "isa": isa, "gpu": gpu, "torch": torch.__version__, "sparselottery": version}
-    # A build of other kernels has other times, whatever its version. Format, of the records: 1 had decisions that counted CALL, 2 left out what a step costs the pass back.
+    # A build of other kernels has other times, whatever its version. Format, of the records: 1 had decisions that counted CALL,
+    # 2 left out what new weights in each step cost the pass back.
     return about | {"build": _ext.build_stamp(), "format": "3"}
 
 
