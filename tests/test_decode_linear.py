@@ -69,6 +69,13 @@ def test_a_transposed_weight_and_wrong_arguments():
         op.pack(weight.flatten(), words, "gap4")
     with pytest.raises(ValueError, match=r"words: expected int32 \[20, 1\], got torch\.int32 \[1, 20\]"):
         op.pack(weight, words.T, "gap4")
+    with pytest.raises(ValueError, match="weight: expected a dense tensor, got a meta tensor"):
+        op.pack(weight.to("meta"), words, "gap4")
+    with pytest.raises(ValueError, match=r"weight: expected a dense tensor, got torch\.sparse_coo"):
+        op.pack(weight.to_sparse(), words, "gap4")
+    for format in op.CODES:
+        with pytest.raises(ValueError, match="words: expected 0 in the bits beyond column 30"):
+            op.pack(weight.bfloat16(), words | 1 << 30, format)
 
 
 @pytest.mark.parametrize("format", op.FORMATS)

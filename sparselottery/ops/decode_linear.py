@@ -74,13 +74,16 @@ def pack(weight: Tensor, words: Tensor, format: str) -> DecodeWeight:
         format: a key of CODES.
 
     Raises:
-        TypeError, ValueError: not a tensor; another dtype, shape or format; more entries than an int32 counts.
+        TypeError, ValueError: not a dense tensor; another dtype, shape or format; bits of `words` beyond the columns; more
+            entries than an int32 counts.
     """
     if not isinstance(format, str) or format not in CODES:
         raise ValueError(f"format: expected one of {', '.join(CODES)}, got {format!r}")
     for name, t in (("weight", weight), ("words", words)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.layout is not torch.strided or t.is_meta:
+            raise ValueError(f"{name}: expected a dense tensor, got {'a meta tensor' if t.is_meta else t.layout}")
     if weight.dtype not in dtypes(format):
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes(format))
         raise TypeError(f"weight: expected {expected}, got {weight.dtype}")
@@ -91,6 +94,10 @@ def pack(weight: Tensor, words: Tensor, format: str) -> DecodeWeight:
         raise ValueError(f"words: expected int32 {expected}, got {words.dtype} {list(words.shape)}")
     rows, columns = weight.shape
     dense, mask = weight.detach().cpu().contiguous(), words.cpu().contiguous()
+    if (
+        columns % 32 and mask.numel() and (mask[:, -1] & -(1 << columns % 32)).any()
+    ):  # the kernels would read beyond a row
+        raise ValueError(f"words: expected 0 in the bits beyond column {columns}")
     if format in decode_cpu.FORMATS:
         tensors = decode_cpu.pack(dense, mask, format)
         return DecodeWeight(format, rows, columns, *(t.to(weight.device) for t in tensors))
