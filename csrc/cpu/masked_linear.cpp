@@ -33,6 +33,7 @@ constexpr int64_t kSmallWork = 1 << 17;  // multiply-adds below which waking oth
 constexpr uint32_t kAhead = 32;          // survivors whose weights are fetched ahead of their use
 constexpr int64_t kSamples = 64;         // words, weights and dead gradients that are looked at on each call
 constexpr int64_t kRowTile = 2;          // vectors of batch up to which dW is computed row by row
+constexpr int64_t kLooks = 32;           // survivors among which one is sought that is not 0
 constexpr int64_t kDense = -1;           // as a tile: the loops for a few samples, whatever batch and density
 constexpr int64_t kSmallBatch = 64;      // that these loops were made for
 constexpr int64_t kThin = 2;             // vectors of batch up to which panels hold more features
@@ -239,8 +240,19 @@ struct MaskedLinearPlan::Impl : Survivors {
     sample();
   }
 
+  // Of each stretch of survivors the first that is not 0, if one of its first few is: scaling would not show in a 0,
+  // and a mask that grew has many.
   void sample() {
-    for (size_t i = 0; i < sample_weight.size(); i++) sample_value[i] = weight[sample_weight[i]];
+    const int64_t samples = static_cast<int64_t>(sample_weight.size());
+    for (int64_t i = 0; i < samples; i++) {
+      const int64_t begin = i * count() / samples, end = std::min((i + 1) * count() / samples, begin + kLooks);
+      float value = 0;
+      for (int64_t k = begin; k < end && value == 0; k++) {
+        sample_weight[i] = packed ? k : position[k];
+        value = weight[sample_weight[i]];
+      }
+      sample_value[i] = value;
+    }
     has_sample = true;
   }
 
@@ -336,11 +348,7 @@ MaskedLinearPlan::MaskedLinearPlan(const uint32_t* words, int64_t rows, int64_t 
     m.sample_word.push_back(static_cast<uint32_t>(at));
     m.sample_bits.push_back(words[at]);
   }
-  const int64_t samples = std::min(kSamples, m.count());
-  for (int64_t i = 0; i < samples; i++) {
-    const int64_t k = i * m.count() / samples;
-    m.sample_weight.push_back(packed ? k : m.position[k]);
-  }
+  m.sample_weight.resize(std::min(kSamples, m.count()));
   m.sample_value.resize(m.sample_weight.size());
   // The first dead weight of each of kSamples stretches.
   const auto is_dead = [&](int64_t i) {
